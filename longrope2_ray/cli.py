@@ -1,0 +1,263 @@
+"""The command ``longrope2``: search, plan, factors, score, report, recipe. Heavy imports stay inside the commands."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope2_ray.recipe import Recipe, SearchSection, load_recipe
+from longrope2_ray.rope import RopeGeometry
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 is success, 1 a run that could not go on, 2 a mistake of the user, 130 an interruption."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "overrides_allowed", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("longrope2").setLevel(logging.INFO)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; what is scored is kept, run the same command again to resume", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "ScoringStoppedError":
+            raise
+        print(f"stopped: {error}\nwhat is scored is kept, run again to resume", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longrope2", description="Extend a model's context window with LongRoPE2.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, help: str, recipe: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(command=function, overrides_allowed=recipe)
+        if recipe:
+            sub.add_argument("recipe", help="recipe file, or the name of a shipped one; --section.field overrides it")
+        return sub
+
+    search = command("search", _search, "Search for the factors; run again to resume.")
+    search.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
+    search.add_argument("--dashboard", action="store_true", help="start Ray's dashboard on this machine")
+
+    plan = command("plan", _plan, "Say what a search will cost, without loading a model.")
+    plan.add_argument("--accelerator", default="h100")
+    plan.add_argument("--utilisation", type=float, default=0.4, help="share of the accelerator's peak that is reached")
+    plan.add_argument("--json", action="store_true")
+
+    factors = command("factors", _factors, "Print a method's factor vector.", recipe=False)
+    factors.add_argument("--method", required=True)
+    factors.add_argument("--model", help="take the geometry from this model instead")
+    factors.add_argument("--head-dim", type=int)
+    factors.add_argument("--rotary-dim", type=int, help="rotated dimensions of a head, head-dim unless given")
+    factors.add_argument("--base", type=float)
+    factors.add_argument("--original-length", type=int)
+    factors.add_argument("--target-length", type=int, required=True)
+    factors.add_argument("--critical-dim", type=int)
+    factors.add_argument("--attention-factor", default="1.0", help="a number, su or yarn")
+    factors.add_argument("--json", action="store_true")
+
+    score = command("score", _score, "Score one factor vector on a recipe's needles.")
+    score.add_argument(
+        "--factors", required=True, help="JSON list, winner.json, HF config with long_factor, or a method"
+    )
+    score.add_argument("--set", choices=("search", "report"), default="report", help="which needles (held-out: report)")
+    score.add_argument("--attention-factor", help="a number, su or yarn (default: the vector's own)")
+    score.add_argument("--json", action="store_true")
+
+    report = command("report", _report, "Write report.html and figures of a run.", recipe=False)
+    report.add_argument("run_dir")
+
+    fields = command(
+        "recipe", _recipe, "Print the recipe reference: every field, its default and meaning.", recipe=False
+    )
+    fields.set_defaults(overrides_allowed=False)
+    return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from longrope2_ray import driver
+    from longrope2_ray.metrics import ProgressBar, RayMetrics, format_seconds, log_generation
+    from longrope2_ray.report import ReportWriter, format_table
+    from longrope2_ray.rundir import RunDir
+    from longrope2_ray.search import Observer
+
+    run_dir = RunDir(arguments.run_dir or str(Path("runs") / recipe.name))
+    prepared = driver.prepare(recipe)
+    resumed = driver.open_run(prepared, run_dir)
+    winner = run_dir.winner()
+    if winner is not None:
+        print(format_table(winner))
+        print(f"\n{run_dir.url} holds this finished run; nothing was changed")
+        return 0
+    if resumed:
+        print(f"resuming {run_dir.url}", file=sys.stderr)
+    bar, writer = ProgressBar(), ReportWriter(run_dir)
+    try:
+        with driver.ray_session(arguments.dashboard):
+            observers: list[Observer] = [bar, log_generation, RayMetrics(recipe.name), writer]
+            winner = driver.run_search(prepared, run_dir, observers)
+    finally:
+        bar.stop()
+    writer.finish()
+    status = run_dir.status() or {}
+    print(format_table(winner))
+    print(f"\n{status.get('units_done')} units scored, {status.get('units_raced_out')} saved by racing, "
+          f"in {format_seconds(status.get('elapsed_seconds'))}")  # fmt: skip
+    for name in ("winner.json", "report.html"):
+        print(run_dir.path / name)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from longrope2_ray.plan import format_plan, plan
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    cost = plan(recipe, _shape(recipe), arguments.accelerator, arguments.utilisation)
+    print(json.dumps(cost, indent=1) if arguments.json else format_plan(cost))
+
+
+def _shape(recipe: Recipe) -> Any:
+    """The recipe's own shape, else the model's configuration."""
+    if recipe.model.shape is not None:
+        return recipe.model.shape
+    from longrope2_ray.model import read_spec
+
+    model = recipe.model
+    return read_spec(
+        model.path, gguf_file=model.gguf_file, revision=model.revision, original_length=model.original_length
+    )
+
+
+def _factors(arguments: argparse.Namespace) -> None:
+    from longrope2_ray.baselines import baseline
+    from longrope2_ray.evolution import SearchSpace
+
+    geometry = _geometry(arguments)
+    setting = SearchSection(target_length=arguments.target_length, attention_factor=_number(arguments.attention_factor))
+    temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
+    vector = baseline(
+        arguments.method,
+        geometry,
+        arguments.target_length,
+        critical_dim=arguments.critical_dim,
+        attention_factor=temperature,
+    )
+    body = {
+        "method": arguments.method,
+        "factors": vector.values.tolist(),
+        "critical_dim": vector.critical_dim,
+        "theoretical_critical_dim": geometry.theoretical_critical_dim,
+        "ten_period_dim": geometry.ten_period_dim,
+        "periods_tokens": geometry.periods_tokens.tolist(),
+        "attention_factor": vector.attention_factor,
+    }
+    if arguments.json:
+        print(json.dumps(body, indent=1))
+        return
+    print(f"{arguments.method}: critical dimension {vector.critical_dim}, theoretical {geometry.theoretical_critical_dim}, "
+          f"ten-period {geometry.ten_period_dim}, attention factor {vector.attention_factor:.6g}")  # fmt: skip
+    print(f"{'dim':>4} {'period (tokens)':>16} {'factor':>12}")
+    for dim, (period, factor) in enumerate(zip(geometry.periods_tokens, vector.values, strict=True)):
+        print(f"{dim:>4} {period:>16.1f} {factor:>12.6g}")
+
+
+def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
+    if arguments.model:
+        from longrope2_ray.model import read_spec
+
+        geometry: RopeGeometry = read_spec(arguments.model, original_length=arguments.original_length).geometry
+        return geometry
+    for name in ("head_dim", "base", "original_length"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')}: missing; give it, or --model to read it from a model")
+    rotary = arguments.rotary_dim or arguments.head_dim
+    return RopeGeometry(arguments.head_dim, rotary, arguments.base, arguments.original_length)
+
+
+def _number(text: str) -> Any:
+    try:
+        return text if text in ("su", "yarn") else float(text)
+    except ValueError:
+        raise ValueError(f"--attention-factor: expected a number, su or yarn, got {text!r}") from None
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from longrope2_ray import driver
+    from longrope2_ray.baselines import METHODS, baseline
+    from longrope2_ray.evolution import SearchSpace
+    from longrope2_ray.factors import RescaleFactors, factors_from_json
+    from longrope2_ray.search import SEARCH_SET, report_set
+
+    length = recipe.search.target_length
+    if arguments.factors in METHODS:
+        vector = None
+    else:
+        try:
+            vector = factors_from_json(Path(arguments.factors).read_text(encoding="utf-8"), arguments.factors)
+        except OSError as error:
+            raise ValueError(
+                f"--factors: expected a file or one of {', '.join(METHODS)}, got {arguments.factors!r}: {error.strerror}"
+            ) from error
+    prepared = driver.prepare(recipe)
+    geometry = prepared.spec.geometry
+    vector = (vector or baseline(arguments.factors, geometry, length)).require_length(geometry.num_cosines)
+    if not vector.monotone:
+        print(
+            "note: the factors are not monotone, as some published LongRoPE vectors; scored as they are",
+            file=sys.stderr,
+        )
+    if arguments.attention_factor is not None:
+        setting = SearchSection(target_length=length, attention_factor=_number(arguments.attention_factor))
+        temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
+        vector = RescaleFactors(vector.values, temperature, vector.critical_dim, vector.source)
+    needle_set = SEARCH_SET if arguments.set == "search" else report_set((recipe.report.lengths or [length])[0])
+    with driver.ray_session():
+        result = driver.score_vector(prepared, vector, needle_set)
+    result = {"factors": arguments.factors, "needle_set": needle_set, "attention_factor": vector.attention_factor,
+              "monotone": vector.monotone, **result}  # fmt: skip
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{arguments.factors} on {needle_set}, attention factor {vector.attention_factor:.4g}: needle perplexity "
+          f"{result['ppl']:.4g}, accuracy {result['accuracy']:.0%}")  # fmt: skip
+    for sample, nll in enumerate(result["nll_per_sample"]):
+        print(f"  sample {sample}: NLL {nll:.4f}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from longrope2_ray.report import write_report
+    from longrope2_ray.rundir import RunDir
+
+    run_dir = RunDir(arguments.run_dir)
+    if run_dir.read_json("run.json") is None:
+        raise ValueError(f"RUN_DIR: expected the directory of a run, got {arguments.run_dir!r}, which has no run.json")
+    for path in write_report(run_dir):
+        print(path)
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from longrope2_ray.recipe import reference
+
+    print(reference())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""From a recipe to a running search: every cheap check first, then Ray, then the scorers."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+from urllib.parse import urlparse
+
+from longrope2_ray.baselines import METHODS
+from longrope2_ray.evolution import Evolution, SearchSpace
+from longrope2_ray.factors import RescaleFactors
+from longrope2_ray.needles import NeedleSample, build_needle_set, needle_fingerprint
+from longrope2_ray.plan import scorer_memory_bytes
+from longrope2_ray.recipe import FREE_FIELDS, NeedleSection, Recipe, flatten
+from longrope2_ray.rundir import RunDir, Score
+from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_set, summarize
+from longrope2_ray.text import load_books
+
+log = logging.getLogger("longrope2")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs that does not need Ray or the model's weights."""
+
+    recipe: Recipe
+    spec: Any
+    needle_sets: Mapping[str, Sequence[NeedleSample]]
+    fingerprints: Mapping[str, str]
+
+    @property
+    def num_tokens(self) -> dict[str, list[int]]:
+        """Needle set -> answer tokens of each sample."""
+        return {
+            name: [s.answer_span[1] - s.answer_span[0] for s in samples] for name, samples in self.needle_sets.items()
+        }
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Check the model's configuration, the search space, the texts and the tokenizer, and build the needle sets.
+
+    Raises:
+        ValueError: with one clear message, before anything expensive.
+    """
+    from longrope2_ray.model import check_attention, load_tokenizer, model_fingerprint, read_spec
+
+    unknown = sorted(set(recipe.report.methods) - set(METHODS))
+    if unknown:
+        raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    model, where = recipe.model, {"gguf_file": recipe.model.gguf_file, "revision": recipe.model.revision}
+    check_attention(model.attention, model.device)
+    spec = read_spec(model.path, original_length=model.original_length, **where)
+    Evolution(SearchSpace.from_recipe(spec.geometry, recipe.search), recipe.search)
+    tokenizer: Any = load_tokenizer(model.path, **where)
+
+    def samples(section: NeedleSection, length: int) -> list[NeedleSample]:
+        books = load_books(section.text)
+        return build_needle_set(
+            tokenizer, books, length=length, num_samples=section.num_samples, seed=section.seed, depth=section.depth
+        )
+
+    target = recipe.search.target_length
+    needle_sets = {SEARCH_SET: samples(recipe.needles, target)}
+    for length in recipe.report.lengths or [target]:
+        needle_sets[report_set(length)] = samples(recipe.report, length)
+    fingerprints = {f"needles {name}": needle_fingerprint(s) for name, s in needle_sets.items()}
+    return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **where), **fingerprints})
+
+
+def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
+    """Begin or resume the run in ``run_dir``; True if it was there.
+
+    Raises:
+        RunDirError: if another run lives there.
+    """
+    flat = {k: v for k, v in flatten(prepared.recipe).items() if not k.startswith(FREE_FIELDS)}
+    geometry = prepared.spec.geometry
+    facts = {
+        "geometry": {
+            "head_dim": geometry.head_dim,
+            "rotary_dim": geometry.rotary_dim,
+            "rope_base": geometry.base,
+            "original_length": geometry.original_length,
+        },
+        "target_length": prepared.recipe.search.target_length,
+        "num_samples": prepared.recipe.needles.num_samples,
+    }
+    return run_dir.open(flat, prepared.fingerprints, prepared.recipe.model_dump(mode="json"), facts)
+
+
+@contextmanager
+def ray_session(dashboard: bool = False) -> Iterator[None]:
+    """Ray for the time of a command: the cluster at ``RAY_ADDRESS``, else one on this machine.
+
+    SIGTERM ends the command as Ctrl-C does, so that ``ray job stop`` leaves a resumable run.
+
+    Raises:
+        ValueError: if the address cannot be reached.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _require_reachable(address)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # plain init would leave a token that later starts trip over
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=dashboard if not address else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}") from error
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # after init, which installs its own
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself waits long and retries; a closed port shows at once."""
+    if address in ("auto", "local"):
+        return
+    parsed = urlparse(address if "://" in address else f"ray-gcs://{address}")
+    try:
+        with socket.create_connection((parsed.hostname or "", parsed.port or 6379), timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS: expected a reachable Ray cluster at {address!r}, got: {error}; "
+            f"unset RAY_ADDRESS to run on this machine"
+        ) from error
+
+
+@contextmanager
+def scorer_pool(prepared: Prepared) -> Iterator[Any]:
+    """The scorers of a run.
+
+    Raises:
+        ValueError: if the cluster has no room, or the machine no memory, for one scorer.
+    """
+    import ray
+
+    from longrope2_ray.pool import ScorerPool, capacity, scorer_factory, scorer_resources
+
+    recipe = prepared.recipe
+    cluster = ray.cluster_resources()
+    resources = scorer_resources(recipe.scorer, recipe.model.device, cluster)
+    room = capacity(cluster, resources)
+    if room < 1 and not (recipe.scorer.num_scorers and os.environ.get("RAY_ADDRESS")):
+        raise ValueError(
+            f"scorer.gpus_per_scorer, scorer.cpus_per_scorer: expected room for one scorer of {resources}, "
+            f"the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
+        )
+    if not resources["GPU"]:
+        _require_memory(prepared, recipe.scorer.num_scorers or room)
+    factory = scorer_factory(recipe.model, recipe.scorer, ray.put(dict(prepared.needle_sets)), resources)
+    pool = ScorerPool(factory, recipe.scorer.num_scorers, resources, recipe.scorer)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _require_memory(prepared: Prepared, num_scorers: int) -> None:
+    import ray
+
+    need = scorer_memory_bytes(prepared.spec, prepared.recipe)["total"]
+    have = ray.cluster_resources().get("memory", 0)
+    if have and need > have:
+        raise ValueError(
+            f"scorer: expected {need / 2**30:.1f} GiB of memory for one scorer at {prepared.recipe.search.target_length} "
+            f"tokens, the cluster has {have / 2**30:.1f} GiB; lower search.target_length or scorer.mlp_chunk_tokens, "
+            f"or set model.dtype = 'bfloat16'"
+        )
+    if have and num_scorers * need > have:
+        log.warning(
+            "%d scorers need about %.1f GiB, the cluster has %.1f; set scorer.num_scorers = %d if they are killed",
+            num_scorers, num_scorers * need / 2**30, have / 2**30, int(have // need),
+        )  # fmt: skip
+
+
+def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer]) -> dict[str, Any]:
+    """The search of an opened run, from start or resumed, to its ``winner.json``."""
+    with scorer_pool(prepared) as pool:
+        run = SearchRun(
+            prepared.recipe,
+            prepared.spec.geometry,
+            prepared.num_tokens,
+            run_dir,
+            pool,
+            prepared.fingerprints,
+            observers,
+        )
+        return run.run()
+
+
+def score_vector(prepared: Prepared, vector: RescaleFactors, needle_set: str) -> dict[str, Any]:
+    """Needle perplexity, accuracy and NLL by sample of one vector on one needle set."""
+    scores: dict[int, Score] = {}
+    count = len(prepared.needle_sets[needle_set])
+    with scorer_pool(prepared) as pool:
+        for sample in range(count):
+            pool.submit(Unit("vector", needle_set, sample, vector))
+        while len(scores) < count:
+            scores.update({score.sample: score for score in pool.wait()})
+            print(f"\rscored {len(scores)} of {count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return summarize([scores[sample] for sample in range(count)])

@@ -1,0 +1,392 @@
+"""LongRoPE2's search for the critical dimension and the factors beyond it (Alg. 1 and 2), as ask and tell.
+
+A candidate is a critical dimension and the tail of factors from there on, non-decreasing inside the bounds; the head is
+derived (NTK, Eq. 9). Nothing here knows how candidates are scored.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longrope2_ray.baselines import su_attention_factor, yarn_attention_factor
+from longrope2_ray.factors import RescaleFactors, assemble
+from longrope2_ray.recipe import AttentionFactor, SearchSection
+from longrope2_ray.rope import RopeGeometry
+
+MAX_TRIES = 200  # for a child that nobody saw before; a search space that gives none has been exhausted
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the search space.
+
+    Attributes:
+        critical_dim: ``d_rcd``, the cosine index where the tail starts; 0 if every dimension is searched.
+        tail: factors from there on, non-decreasing.
+        attention_factor: temperature that it is scored with.
+        parent_id: the candidate that it was bred from.
+    """
+
+    critical_dim: int
+    tail: tuple[float, ...]
+    attention_factor: float = 1.0
+    parent_id: str | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hex digits of the content: equal candidates have equal ids, whoever bred them."""
+        content = json.dumps([self.critical_dim, self.tail, self.attention_factor])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    @cached_property
+    def factors(self) -> RescaleFactors:
+        """The whole vector, head derived."""
+        values = assemble(self.critical_dim, self.tail)
+        return RescaleFactors(values, self.attention_factor, self.critical_dim, f"candidate {self.id}")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Where candidates may lie.
+
+    Attributes:
+        num_cosines: length of a factor vector.
+        critical_dims: allowed ``d_rcd``, ascending; ``(0,)`` if every dimension is searched.
+        tail_bounds: lowest and highest factor of a tail.
+        attention_bounds: lowest and highest attention factor; equal if it is not searched.
+    """
+
+    num_cosines: int
+    critical_dims: tuple[int, ...]
+    tail_bounds: tuple[float, float]
+    attention_bounds: tuple[float, float]
+
+    @classmethod
+    def from_recipe(cls, geometry: RopeGeometry, search: SearchSection) -> "SearchSpace":
+        """The paper's space: ``d_10 ... d_tcd`` and ``[ratio, 2 ratio]``, unless the recipe says otherwise.
+
+        Raises:
+            ValueError: if the target is not above the original length or the critical dimensions do not fit the model.
+        """
+        if search.target_length <= geometry.original_length:
+            raise ValueError(
+                f"search.target_length: expected more than the original length {geometry.original_length}, "
+                f"got {search.target_length}"
+            )
+        ratio = search.target_length / geometry.original_length
+        first, last = search.critical_dims or (max(geometry.ten_period_dim, 1), geometry.theoretical_critical_dim)
+        if not 0 < first <= last < geometry.num_cosines:
+            raise ValueError(
+                f"search.critical_dims: expected cosine indices in 1 ... {geometry.num_cosines - 1}, got {first}, {last}"
+            )
+        low, high = (bound * ratio for bound in search.tail_bounds)
+        dims = tuple(range(first, last + 1))
+        if search.dimensions == "all":
+            dims, low = (0,), 1.0
+        top = max(su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio))
+        fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
+        # [ours] a searched temperature may go twice as far from one as the strongest published rule
+        attention = (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
+        return cls(geometry.num_cosines, dims, (low, high), attention)
+
+
+def attention_factor(setting: AttentionFactor, ratio: float, original_length: int) -> float | None:
+    """The number behind a recipe's ``attention_factor``; None if it is searched."""
+    if setting == "search":
+        return None
+    if setting == "su":
+        return su_attention_factor(ratio, original_length)
+    return yarn_attention_factor(ratio) if setting == "yarn" else float(setting)
+
+
+# --- Mutation of a tail: (T,) factors to (T,) factors, non-decreasing, inside [low, high]. The paper says only "with
+# --- probability p, inside the space, non-decreasing" (Alg. 2, line 5); jobs/LOG.md compares these readings.
+
+
+@dataclass(frozen=True)
+class MutationContext:
+    low: float
+    high: float
+    probability: float
+    step: float
+    rng: np.random.Generator
+
+    def chosen(self, size: int) -> np.ndarray:
+        """Indices that mutate, in random order; at least one."""
+        picked = np.flatnonzero(self.rng.random(size) < self.probability)
+        return self.rng.permutation(picked) if len(picked) else self.rng.integers(size, size=1)
+
+
+def mutate_push(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """Draw each chosen entry anew from the whole interval; it pushes neighbours that stand in the way along."""
+    tail = tail.copy()
+    for i in at.chosen(len(tail)):
+        value = at.rng.uniform(at.low, at.high)
+        tail[:i] = np.minimum(tail[:i], value)
+        tail[i:] = np.maximum(tail[i:], value)
+        tail[i] = value
+    return tail
+
+
+def mutate_sort(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """Draw each chosen entry anew from the whole interval, then sort."""
+    tail, chosen = tail.copy(), at.chosen(len(tail))
+    tail[chosen] = at.rng.uniform(at.low, at.high, len(chosen))
+    return np.sort(tail)
+
+
+def mutate_local(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """Move each chosen entry by a Gaussian step, pushing neighbours along; steps shrink and grow at random."""
+    tail = tail.copy()
+    scale = at.step * (at.high - at.low) * 10 ** at.rng.uniform(-1.5, 0)
+    for i in at.chosen(len(tail)):
+        value = float(np.clip(tail[i] + at.rng.normal(0, scale), at.low, at.high))
+        tail[:i] = np.minimum(tail[:i], value)
+        tail[i:] = np.maximum(tail[i:], value)
+        tail[i] = value
+    return tail
+
+
+def mutate_neighbours(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """The literal reading: draw each chosen entry between its neighbours, from left to right."""
+    tail = tail.copy()
+    for i in sorted(at.chosen(len(tail))):
+        low = tail[i - 1] if i > 0 else at.low
+        high = tail[i + 1] if i + 1 < len(tail) else at.high
+        tail[i] = at.rng.uniform(low, high)
+    return tail
+
+
+def mutate_authors(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """What the authors' tool does: passes of the literal reading on a 0.01 grid until the tail strictly rises."""
+    grid = 0.01
+    for _ in range(MAX_TRIES):
+        tail = tail.copy()
+        for i in range(len(tail)):
+            if at.rng.random() >= at.probability:
+                continue
+            low = tail[i - 1] if i > 0 else at.low
+            high = tail[i + 1] if i + 1 < len(tail) else min(low + 4, at.high)
+            first, last = math.ceil(low / grid - 1e-9), math.floor(high / grid + 1e-9)
+            if last >= first:
+                tail[i] = grid * int(at.rng.integers(first, last + 1))
+        if np.all(np.diff(tail) > 0):
+            break
+    return np.clip(np.maximum.accumulate(tail), at.low, at.high)
+
+
+def mutate_random(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """Random search: forget the parent, draw the whole tail uniformly from the monotone box."""
+    return np.sort(at.rng.uniform(at.low, at.high, len(tail)))
+
+
+MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
+    "push": mutate_push,
+    "sort": mutate_sort,
+    "local": mutate_local,
+    "neighbours": mutate_neighbours,
+    "authors": mutate_authors,
+    "random": mutate_random,
+}
+
+
+def cross_blend(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random point between two tails; non-decreasing, since both are."""
+    weight = rng.uniform()
+    return weight * tail + (1 - weight) * other
+
+
+def cross_authors(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What the authors' tool does: entries of the other parent taken one by one, the first rising mix that differs."""
+    for _ in range(20):
+        mixed = tail.copy()
+        for i in range(len(tail)):
+            if rng.random() < 0.3:
+                if rng.random() < 0.5:
+                    mixed[i] = other[i]
+                if not np.array_equal(mixed, tail) and np.all(np.diff(mixed) > 0):
+                    return mixed
+    return tail
+
+
+CROSSOVERS: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
+    "blend": cross_blend,
+    "authors": cross_authors,
+}
+
+
+def select(totals: Mapping[str, float], critical_dims: Mapping[str, int], top_k: int, niche_size: int) -> list[str]:
+    """Ids of the survivors, best first: the best ``niche_size`` of each critical dimension, then the best of all.
+
+    ``totals`` are summed NLLs of completely scored candidates. Ties are broken by id, so that order is total.
+    """
+    ranked = sorted(totals, key=lambda id: (totals[id], id))
+    taken: dict[int, int] = {}
+    niches = []
+    for id in ranked:
+        dim = critical_dims[id]
+        if taken.get(dim, 0) < niche_size:
+            taken[dim] = taken.get(dim, 0) + 1
+            niches.append(id)
+    kept = set(niches[:top_k])
+    for id in ranked:
+        if len(kept) >= top_k:
+            break
+        kept.add(id)
+    return [id for id in ranked if id in kept]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The whole state of a search: who survived so far, with their totals, and who has to be scored now."""
+
+    index: int
+    survivors: tuple[Candidate, ...]
+    totals: Mapping[str, float]
+    candidates: tuple[Candidate, ...]
+
+
+class Evolution:
+    """LongRoPE2's evolutionary search.
+
+    ``ask()`` returns the candidates of the open generation, again and again until ``tell()`` closes it. The random
+    stream of a generation depends on the seed and its index alone, so that a search told the same totals takes the
+    same way, however often it was interrupted.
+    """
+
+    def __init__(self, space: SearchSpace, settings: SearchSection):
+        """
+        Raises:
+            ValueError: if the population cannot hold one candidate for each critical dimension.
+        """
+        if settings.population_size < len(space.critical_dims):
+            raise ValueError(
+                f"search.population_size: expected at least {len(space.critical_dims)}, one candidate for each critical "
+                f"dimension {space.critical_dims[0]} ... {space.critical_dims[-1]}, got {settings.population_size}; "
+                f"or set search.critical_dims"
+            )
+        self.space, self.settings = space, settings
+        self._seen: set[str] = set()
+        self.generation = Generation(0, (), {}, tuple(self._initial_population()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every iteration of the recipe has been told."""
+        return self.generation.index > self.settings.iterations
+
+    def ask(self) -> tuple[Candidate, ...]:
+        """Candidates of the open generation that have to be scored; the same ones until it is told."""
+        return () if self.finished else self.generation.candidates
+
+    def tell(self, totals: Mapping[str, float]) -> None:
+        """Close the generation with the summed NLL of every asked candidate that was scored completely.
+
+        Candidates missing from ``totals`` were raced out: they are worse than every survivor.
+
+        Raises:
+            RuntimeError: if the search is finished, or nothing at all was scored.
+        """
+        if self.finished:
+            raise RuntimeError("tell: the search is finished")
+        old = self.generation
+        known = {**old.totals, **totals}
+        pool = {c.id: c for c in (*old.survivors, *old.candidates) if c.id in known and math.isfinite(known[c.id])}
+        if not pool:
+            raise RuntimeError(
+                "no candidate has a finite score: the model returns NaN or infinity; try model.dtype = 'float32'"
+            )
+        kept = select(
+            {id: known[id] for id in pool},
+            {id: c.critical_dim for id, c in pool.items()},
+            self.settings.top_k,
+            self.settings.niche_size,
+        )  # Alg. 2, line 11
+        survivors = tuple(pool[id] for id in kept)
+        self.generation = Generation(old.index + 1, survivors, {id: known[id] for id in kept}, ())
+        if not self.finished:
+            children = tuple(self._breed(survivors, self._rng(old.index + 1)))
+            self.generation = Generation(old.index + 1, survivors, self.generation.totals, children)
+
+    @property
+    def best(self) -> Candidate:
+        """The best candidate told so far."""
+        if not self.generation.survivors:
+            raise RuntimeError("best: no generation has been told yet")
+        return self.generation.survivors[0]
+
+    def _rng(self, generation: int) -> np.random.Generator:
+        return np.random.default_rng((self.settings.seed, generation))
+
+    def _initial_population(self) -> Iterator[Candidate]:
+        """Alg. 1: a constant random tail for every critical dimension, then mutants until there are P."""
+        rng, (low, high) = self._rng(0), self.space.tail_bounds
+        seeds = []
+        for dim in self.space.critical_dims:  # Alg. 1, line 3
+            factor = float(rng.uniform(low, high))  # Alg. 1, line 4
+            tail = (factor,) * (self.space.num_cosines - dim)
+            seeds.append(Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))))
+        for seed in seeds:
+            self._seen.add(seed.id)
+            yield seed
+        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, self._mutate)
+
+    def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Candidate]:
+        """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
+
+        def child(parent: Candidate, rng: np.random.Generator) -> Candidate:
+            if self.settings.crossover != "none" and rng.random() < self.settings.crossover_share:
+                mates = [c for c in survivors if c.critical_dim == parent.critical_dim and c.id != parent.id]
+                if mates:
+                    return self._cross(parent, mates[rng.integers(len(mates))], rng)
+            return self._mutate(parent, rng)
+
+        yield from self._fresh(survivors, self.settings.num_children, rng, child)
+
+    def _fresh(
+        self,
+        parents: Sequence[Candidate],
+        count: int,
+        rng: np.random.Generator,
+        make: Callable[[Candidate, np.random.Generator], Candidate],
+    ) -> Iterator[Candidate]:
+        """``count`` children that nobody saw before, parents taking turns; fewer if the space is exhausted."""
+        made = tries = 0
+        while made < count and tries < MAX_TRIES * count:
+            child = make(parents[tries % len(parents)], rng)
+            tries += 1
+            if child.id not in self._seen:
+                self._seen.add(child.id)
+                made += 1
+                yield child
+
+    def _mutate(self, parent: Candidate, rng: np.random.Generator) -> Candidate:
+        """Alg. 2, lines 4-8: mutate the tail; the head follows from it."""
+        (low, high), settings = self.space.tail_bounds, self.settings
+        tail, dim = np.array(parent.tail), parent.critical_dim
+        if settings.mutation == "random":
+            dim = int(rng.choice(self.space.critical_dims))
+            tail = np.full(self.space.num_cosines - dim, low)
+        elif rng.random() < settings.shift_probability:
+            dim = int(np.clip(dim + rng.choice((-1, 1)), self.space.critical_dims[0], self.space.critical_dims[-1]))
+            grown = np.concatenate([np.full(max(parent.critical_dim - dim, 0), tail[0]), tail])
+            tail = grown[len(grown) - (self.space.num_cosines - dim) :]
+        context = MutationContext(low, high, settings.mutation_probability, settings.mutation_step, rng)
+        tail = MUTATIONS[settings.mutation](tail, context)
+        return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
+
+    def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
+        tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)
+        attention = parent.attention_factor if rng.random() < 0.5 else mate.attention_factor
+        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id)
+
+    def _attention(self, value: float, rng: np.random.Generator) -> float:
+        """The temperature as one more gene, where it is searched."""
+        low, high = self.space.attention_bounds
+        if low == high or rng.random() >= self.settings.mutation_probability:
+            return value
+        return float(np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high))

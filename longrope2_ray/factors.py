@@ -1,0 +1,110 @@
+"""A validated vector of RoPE rescale factors, and the NTK head that LongRoPE2 derives from a searched tail."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class RescaleFactors:
+    """One factor per cosine index: the rescaled angle is ``theta_i / values[i]`` (Eq. 8).
+
+    Attributes:
+        values: (d/2,) float64, read-only, finite and positive.
+        attention_factor: the temperature applied to queries and keys' product through cos and sin; 1.0 is none.
+        critical_dim: the first cosine index of the searched tail, where the vector has one.
+        source: where it came from, for tables and messages.
+
+    Raises:
+        ValueError: if an entry is not finite and positive, or the vector is not flat.
+    """
+
+    values: np.ndarray
+    attention_factor: float = 1.0
+    critical_dim: int | None = None
+    source: str = field(default="")
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64)
+        if values.ndim != 1 or not len(values):
+            raise ValueError(f"factors: expected a flat list of numbers, got shape {values.shape}")
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise ValueError(
+                f"factors: expected finite positive numbers, got {values[bad[0]]} at index {bad[0]}"
+                + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+            )
+        if not (np.isfinite(self.attention_factor) and self.attention_factor > 0):
+            raise ValueError(f"attention_factor: expected a finite positive number, got {self.attention_factor}")
+        values.flags.writeable = False
+        object.__setattr__(self, "values", values)
+
+    @property
+    def monotone(self) -> bool:
+        """Whether the factors never decrease; published LongRoPE v1 vectors do not always hold it."""
+        return bool(np.all(np.diff(self.values) >= 0))
+
+    def require_length(self, num_cosines: int) -> "RescaleFactors":
+        """Itself, if it fits a model with ``num_cosines`` cosine dimensions.
+
+        Raises:
+            ValueError: if the vector has another length.
+        """
+        if len(self.values) != num_cosines:
+            raise ValueError(
+                f"factors: expected {num_cosines} numbers, one per cosine dimension of this model, got {len(self.values)}"
+            )
+        return self
+
+
+def ntk_head(first: float, critical_dim: int) -> np.ndarray:
+    """Factors below the critical dimension when NTK's base meets the tail's first entry.
+
+    ``base' = base * first^(d / (2 d_rcd))``, hence ``lambda_i = first^(i / d_rcd)``; (d_rcd,) float64.
+    """
+    return first ** (np.arange(critical_dim) / max(critical_dim, 1))
+
+
+def assemble(critical_dim: int, tail: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The whole factor vector of a candidate, head and tail; (d/2,) float64 (Alg. 2, lines 6-8)."""
+    tail = np.asarray(tail, dtype=np.float64)
+    return np.concatenate([ntk_head(float(tail[0]), critical_dim), tail])
+
+
+def factors_from_json(text: str, source: str) -> RescaleFactors:
+    """Read a vector from a plain JSON list, a ``winner.json``, or an HF config with a ``long_factor``.
+
+    Raises:
+        ValueError: if the text is none of them.
+    """
+    try:
+        data: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--factors: expected JSON in {source}, got {error}") from error
+    if isinstance(data, list):
+        return RescaleFactors(_numbers(data, source), source=source)
+    if isinstance(data, dict):
+        for section in (data, data.get("rope_parameters"), data.get("rope_scaling")):
+            if not isinstance(section, dict):
+                continue
+            values = section.get("factors", section.get("long_factor"))
+            if values is not None:
+                return RescaleFactors(
+                    _numbers(values, source),
+                    attention_factor=float(section.get("attention_factor") or 1.0),
+                    critical_dim=section.get("critical_dim"),
+                    source=source,
+                )
+    raise ValueError(
+        f"--factors: expected a JSON list of numbers, a winner.json or an HF config with long_factor in {source}"
+    )
+
+
+def _numbers(values: Any, source: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--factors: expected numbers in {source}, got {error}") from error

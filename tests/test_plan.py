@@ -1,0 +1,133 @@
+from typing import Any
+
+import pytest
+
+from longrope2_ray.plan import ACCELERATORS, RACED_OUT, format_plan, num_parameters, pass_flops, plan, scorer_memory_bytes
+from longrope2_ray.recipe import Recipe, ShapeSection
+
+SHAPE = ShapeSection(
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=16,
+    rope_base=10_000.0,
+    original_length=256,
+    vocab_size=100,
+)
+
+
+def recipe(search: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    small = {"target_length": 1024, "population_size": 16, "iterations": 3, "num_children": 8, "top_k": 4}
+    return Recipe(name="x", model={"path": "x", "shape": SHAPE}, search={**small, **(search or {})}, **sections)
+
+
+def test_parameters_are_counted_by_hand() -> None:
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, gated MLP
+    assert num_parameters(SHAPE) == 2 * layer + 2 * 100 * 64
+    tied = SHAPE.model_copy(update={"tie_word_embeddings": True})
+    assert num_parameters(SHAPE) - num_parameters(tied) == 100 * 64
+
+
+def test_parameters_equal_those_of_the_model_but_for_the_norms() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=100, tie_word_embeddings=False,
+    )  # fmt: skip
+    weights = dict(LlamaForCausalLM(config).named_parameters())
+    assert num_parameters(SHAPE) == sum(w.numel() for name, w in weights.items() if "norm" not in name)
+
+
+def test_linear_flops_grow_with_the_length_and_attention_with_its_square() -> None:
+    one, two = pass_flops(SHAPE, 1000), pass_flops(SHAPE, 2000)
+    assert two["linear"] == 2 * one["linear"]
+    assert two["attention"] == 4 * one["attention"]
+    assert one["total"] == one["linear"] + one["attention"]
+
+
+def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
+    cost = plan(recipe(needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}), SHAPE, "h100")
+    assert cost["candidates"] == 16 + 3 * 8
+    assert cost["units"] == 40 * 5
+    assert cost["passes_most"] == 200 + 2 * 3
+    assert cost["passes_likely"] == round(200 * (1 - RACED_OUT)) + 2 * 3
+    assert cost["gpu_hours_likely"] < cost["gpu_hours_most"]
+
+
+def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
+    sections = {"num_samples": 3, "methods": ["pi"], "lengths": [512, 1024], "attention_factors": [1.0, "su", "yarn"]}
+    cost = plan(recipe(report=sections), SHAPE, "h100")
+    assert cost["passes_most"] - cost["units"] == 2 * 3 * 3
+
+
+def test_without_racing_every_unit_is_likely() -> None:
+    cost = plan(recipe({"racing": "off"}), SHAPE, "h100")
+    assert cost["passes_likely"] == cost["passes_most"]
+
+
+def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
+    cost = plan(recipe(), SHAPE, "a100-80gb", utilisation=0.5)
+    seconds = cost["passes_most"] * cost["pass_pflop"]["total"] * 1e15 / (ACCELERATORS["a100-80gb"].tflops * 1e12 * 0.5)
+    assert cost["gpu_hours_most"] == pytest.approx(seconds / 3600)
+
+
+def test_memory_is_the_sum_of_its_parts_without_the_logits_that_are_avoided() -> None:
+    memory = scorer_memory_bytes(SHAPE, recipe())
+    parts = [gib for part, gib in memory.items() if part not in ("total", "full logits (avoided)")]
+    assert memory["total"] == sum(parts)
+    assert memory["weights"] == 2 * num_parameters(SHAPE)
+
+
+def test_memory_is_that_of_the_longest_length_reported() -> None:
+    longer = scorer_memory_bytes(SHAPE, recipe(report={"lengths": [4096]}))
+    assert longer["activations"] == 4 * scorer_memory_bytes(SHAPE, recipe())["activations"]
+
+
+def test_a_smaller_mlp_chunk_takes_less_memory() -> None:
+    whole, chunked = (scorer_memory_bytes(SHAPE, recipe(scorer={"mlp_chunk_tokens": n})) for n in (1024, 256))
+    assert whole["mlp chunk"] == 4 * chunked["mlp chunk"]
+
+
+def test_a_model_that_is_too_large_does_not_fit_until_it_is_spread() -> None:
+    big = SHAPE.model_copy(update={"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80})
+    alone = plan(recipe(), big, "h100")
+    assert not alone["fits"]
+    assert "DOES NOT FIT" in format_plan(alone)
+    spread = plan(recipe(scorer={"gpus_per_scorer": 4}), big, "h100")
+    assert spread["fits"]
+
+
+def test_the_text_names_the_numbers() -> None:
+    cost = plan(recipe(), SHAPE, "h100")
+    text = format_plan(cost)
+    for number in (cost["candidates"], cost["units"], cost["passes_most"], cost["passes_likely"]):
+        assert str(number) in text
+    for part in cost["scorer_memory_gib"]:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "accelerator", "utilisation", "field"),
+    [
+        ({}, "h1000", 0.4, "--accelerator"),
+        ({}, "h100", 0.0, "--utilisation"),
+        ({}, "h100", 1.1, "--utilisation"),
+        ({"critical_dims": [1, 8]}, "h100", 0.4, "search.critical_dims"),
+        ({"population_size": 2, "top_k": 2}, "h100", 0.4, "search.population_size"),
+    ],
+)
+def test_what_a_search_would_refuse_is_refused(
+    changed: dict[str, Any], accelerator: str, utilisation: float, field: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        plan(recipe(changed), SHAPE, accelerator, utilisation)
+
+
+def test_a_target_not_above_the_models_own_length_is_refused() -> None:
+    longer = SHAPE.model_copy(update={"original_length": 1024})
+    with pytest.raises(ValueError, match=r"^search.target_length: expected more than the original length 1024, got 1024"):
+        plan(recipe(), longer, "h100")

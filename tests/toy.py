@@ -1,0 +1,103 @@
+"""A toy search for tests: a small geometry, an analytic score, and scorers that are a plain function in this process."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from longrope2_ray.recipe import Recipe
+from longrope2_ray.rope import RopeGeometry
+from longrope2_ray.rundir import RunDir, Score
+from longrope2_ray.search import SEARCH_SET, SearchRun, Unit, report_set
+
+GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
+TARGET_LENGTH = 1024
+NUM_SAMPLES = 4
+NUM_TOKENS = {SEARCH_SET: [7] * NUM_SAMPLES, report_set(TARGET_LENGTH): [7] * NUM_SAMPLES}
+IDENTITY = {"model": "toy", f"needles {SEARCH_SET}": "a", f"needles {report_set(TARGET_LENGTH)}": "b"}
+
+Nll = Callable[[Unit], float | None]
+
+
+def toy_recipe(report: Mapping[str, Any] | None = None, **search: Any) -> Recipe:
+    """A search of seconds over the toy; ``search`` overrides its fields."""
+    small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_children": 6}
+    return Recipe(
+        name="toy",
+        model={"path": "toy"},
+        search={"target_length": TARGET_LENGTH, **small, **search},
+        needles={"num_samples": NUM_SAMPLES},
+        report={"num_samples": NUM_SAMPLES, **(report or {})},
+    )
+
+
+def toy_nll(unit: Unit) -> float:
+    """Distance from an ideal vector in log factors, weighted differently by each sample; never negative."""
+    ideal = np.concatenate([np.geomspace(1, 5, 5), np.linspace(5, 7, 11)])
+    weights = np.random.default_rng(unit.sample).random(len(ideal)) * (1 + unit.sample)
+    gap = np.log(unit.factors.values / ideal) ** 2
+    return float(weights @ gap) + (unit.factors.attention_factor - 1.1) ** 2
+
+
+class Killed(Exception):
+    """Stands for a driver that is killed while it waits."""
+
+
+class ToyScorers:
+    """The Scorers protocol over a plain function.
+
+    Args:
+        width: units in flight at most.
+        shuffle: seed of the order in which units in flight complete; None is first in, first out.
+        nll: what a unit scores.
+        kill_after: raise ``Killed`` from ``wait`` once so many units were scored.
+        batch: how many units may come out of one ``wait``.
+    """
+
+    def __init__(
+        self,
+        width: int = 1,
+        shuffle: int | None = None,
+        nll: Nll = toy_nll,
+        kill_after: int | None = None,
+        batch: int = 1,
+    ):
+        self._width, self._nll, self._kill_after, self._batch = width, nll, kill_after, batch
+        self._rng = None if shuffle is None else random.Random(shuffle)
+        self._in_flight: list[Unit] = []
+        self.submitted: Counter[tuple[str, str, int]] = Counter()
+        self.scored: list[tuple[str, str, int]] = []
+
+    def free(self) -> int:
+        return self._width - len(self._in_flight)
+
+    def submit(self, unit: Unit) -> None:
+        assert self.free() > 0, "submitted more than free() allows"
+        self._in_flight.append(unit)
+        self.submitted[unit.key] += 1
+
+    def wait(self) -> list[Score]:
+        if self._kill_after is not None and len(self.scored) >= self._kill_after:
+            raise Killed
+        assert self._in_flight, "waiting although nothing is under way"
+        count = 1 if self._rng is None else self._rng.randint(1, self._batch)
+        return [self._complete() for _ in range(min(count, len(self._in_flight)))]
+
+    def counts(self) -> Mapping[str, int]:
+        return {"busy": len(self._in_flight), "idle": self.free(), "requeued": 0}
+
+    def _complete(self) -> Score:
+        unit = self._in_flight.pop(0 if self._rng is None else self._rng.randrange(len(self._in_flight)))
+        nll = self._nll(unit)
+        self.scored.append(unit.key)
+        finite = nll is not None and math.isfinite(nll)
+        return Score(*unit.key, nll if finite else None, 7, bool(finite and nll < 0.5), 0.01 * len(self.scored), "toy")
+
+
+def toy_run(recipe: Recipe, run_dir: RunDir, scorers: ToyScorers) -> SearchRun:
+    """A search run over the toy; a second one on the same directory resumes the first."""
+    run_dir.create()
+    return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY)
