@@ -39,8 +39,7 @@ def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
     """NTK with the base of Liu et al.: ``base_ntk = base^(ln(L/2pi) / ln(L0/2pi))``."""
     power = math.log(target_length / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
     exponents = (power - 1) * 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
-    factors = np.full(geometry.num_cosines, geometry.base) ** exponents
-    return factors
+    return np.full(geometry.num_cosines, geometry.base) ** exponents
 
 
 def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope2_ray.recipe import Recipe, SearchSection, load_recipe
+from longrope2_ray.recipe import Recipe, SearchSection, StoppedError, load_recipe
 from longrope2_ray.rope import RopeGeometry
 
 USAGE_ERROR = 2
@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is scored is kept, run the same command again to resume", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "ScoringStoppedError":
-            raise
+    except StoppedError as error:
         print(f"stopped: {error}\nwhat is scored is kept, run again to resume", file=sys.stderr)
         return 1
 

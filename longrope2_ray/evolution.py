@@ -15,7 +15,7 @@ import numpy as np
 
 from longrope2_ray.baselines import su_attention_factor, yarn_attention_factor
 from longrope2_ray.factors import RescaleFactors, assemble
-from longrope2_ray.recipe import AttentionFactor, SearchSection
+from longrope2_ray.recipe import AttentionFactor, SearchSection, StoppedError
 from longrope2_ray.rope import RopeGeometry
 
 MAX_TRIES = 200  # for a child that nobody saw before; a search space that gives none has been exhausted
@@ -289,7 +289,8 @@ class Evolution:
         Candidates missing from ``totals`` were raced out: they are worse than every survivor.
 
         Raises:
-            RuntimeError: if the search is finished, or nothing at all was scored.
+            RuntimeError: if the search is finished.
+            StoppedError: if no candidate at all has a finite score.
         """
         if self.finished:
             raise RuntimeError("tell: the search is finished")
@@ -297,7 +298,7 @@ class Evolution:
         known = {**old.totals, **totals}
         pool = {c.id: c for c in (*old.survivors, *old.candidates) if c.id in known and math.isfinite(known[c.id])}
         if not pool:
-            raise RuntimeError(
+            raise StoppedError(
                 "no candidate has a finite score: the model returns NaN or infinity; try model.dtype = 'float32'"
             )
         kept = select(

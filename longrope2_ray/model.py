@@ -326,6 +326,7 @@ def load_model(
     Raises:
         ValueError: if there is no such model, its weights are not whole, or this machine lacks what is asked for.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -349,7 +350,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True, **options
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.path: expected weights that can be loaded, got {path!r}: {reason}") from error
     model, info = loaded

@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from longrope2_ray.needles import NeedleSample
-from longrope2_ray.recipe import ModelSection, ScorerSection
+from longrope2_ray.recipe import ModelSection, ScorerSection, StoppedError
 from longrope2_ray.rundir import Score
 from longrope2_ray.search import Unit
 
@@ -93,10 +93,6 @@ def decide(kind: Literal["died", "raised"], message: str, attempts: int, max_att
     return Decision.RETRY, "another scorer takes it"
 
 
-class ScoringStoppedError(RuntimeError):
-    """Scoring cannot go on; what is committed stays, the message names the recipe field to change."""
-
-
 @dataclass
 class _Slot:
     """One actor as the driver sees it."""
@@ -155,7 +151,7 @@ class ScorerPool:
         """Scores that have come in, waiting up to a second for the first.
 
         Raises:
-            ScoringStoppedError: if a failure will not mend.
+            StoppedError: if a failure will not mend.
         """
         self._resize()
         self._replace_stalled()
@@ -234,7 +230,7 @@ class ScorerPool:
         """Requeue the unit, or stop.
 
         Raises:
-            ScoringStoppedError: if the failure will not mend.
+            StoppedError: if the failure will not mend.
         """
         message = message.strip().splitlines()[-1]
         if unit is None:
@@ -246,7 +242,7 @@ class ScorerPool:
         decision, hint = decide(kind, message, attempts, limit)
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"
         if decision is Decision.STOP:
-            raise ScoringStoppedError(f"{name} failed {doing}: {message} ({hint})")
+            raise StoppedError(f"{name} failed {doing}: {message} ({hint})")
         log.warning("%s %s while %s: %s; %s", name, kind, doing, message, hint)
         if unit is not None:
             self._queue.appendleft(unit)
@@ -285,7 +281,7 @@ class ScorerPool:
         if any(slot.ready for slot in self._slots.values()):
             self._last_ready = time.monotonic()
         elif time.monotonic() - self._last_ready > self._settings.start_seconds:
-            raise ScoringStoppedError(
+            raise StoppedError(
                 f"no scorer came up within {self._settings.start_seconds:g} s (scorer.start_seconds): one takes "
                 f"{dict(self._resources)}, the cluster has {_brief(ray.cluster_resources())}"
             )

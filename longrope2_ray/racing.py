@@ -57,22 +57,22 @@ class Race:
         return id, sample
 
     def add(self, id: str, sample: int, nll: float) -> None:
-        """Commit one score; told twice, it counts once. An infinite NLL (a penalty) takes the candidate out."""
+        """Commit one score; told twice, it counts once. An infinite NLL (a penalty) loses the race."""
         if id not in self._scores:
             return
         self._pending[id].discard(sample)
         self._scores[id].setdefault(sample, nll)
         if id not in self._open:
             return
-        if not math.isfinite(nll) or self._loses_paired_test(id):
+        racing = self._settings.racing != "off"
+        if racing and (not math.isfinite(nll) or self._loses_paired_test(id)):
             self._close(id)
         elif len(self._scores[id]) == self._num_samples:
-            self._totals[id] = math.fsum(self._scores[id].values())
+            self._totals[id] = self.lower_bound(id)
             self._open.discard(id)
-            if self._settings.racing != "off":
-                for other in [other for other in self._open if not self._can_survive(other)]:
-                    self._close(other)
-        elif self._settings.racing != "off" and not self._can_survive(id):
+            for other in [other for other in self._open if racing and not self._can_survive(other)]:
+                self._close(other)
+        elif racing and not self._can_survive(id):
             self._close(id)
 
     def put_back(self, id: str, sample: int) -> None:
@@ -86,7 +86,7 @@ class Race:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Id -> summed NLL of the complete newcomers, the penalized ones as infinity."""
+        """Id -> summed NLL of the complete newcomers; infinity for one with a penalty."""
         return {id: self._totals[id] for id in self._scores if id in self._totals}
 
     @property

@@ -225,6 +225,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message has a line for each mistake."""
 
 
+class StoppedError(RuntimeError):
+    """A run that cannot go on; what is committed stays, the message names the recipe field to change."""
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file, or one that the package ships by name.
 

@@ -5,7 +5,6 @@ figures are also drawn in a thread beside the search.
 """
 
 import base64
-import html
 import io
 import logging
 import math
@@ -15,11 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longrope2_ray.baselines import METHODS, WITH_CRITICAL_DIM, baseline
+from longrope2_ray.baselines import WITH_CRITICAL_DIM, baseline
 from longrope2_ray.factors import assemble
 from longrope2_ray.rope import RopeGeometry
 from longrope2_ray.rundir import RunDir, Score
@@ -31,35 +31,47 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("longrope2")
 
-LABELS = {
-    "unscaled": "unscaled", "pi": "PI", "ntk": "NTK", "ntk-aware": "NTK-aware", "yarn": "YaRN", "llama3": "Llama 3",
-    "ntk-rcd": "NTK-rcd", "yarn-rcd": "YaRN-rcd", "longrope2": "LongRoPE2",
-}  # fmt: skip
-# Okabe and Ito's palette: told apart by colour-blind readers; the line styles also survive a black-and-white printer
-LINES = {
-    "unscaled": ("#777777", ":"), "pi": ("#0072B2", "--"), "ntk": ("#009E73", "-."), "ntk-aware": ("#56B4E9", "-."),
-    "yarn": ("#CC79A7", (0, (5, 1))), "llama3": ("#E69F00", (0, (3, 1, 1, 1))), "ntk-rcd": ("#009E73", (0, (1, 1))),
-    "yarn-rcd": ("#CC79A7", (0, (1, 1))),
-}  # fmt: skip
-FOUND, THEORY, INK, PALE = "#D55E00", "#333333", "#222222", "#9CC3DD"
+# Method: label, colour, line. Okabe and Ito's palette is told apart by colour-blind readers, the lines also in grey.
+STYLES: dict[str, tuple[str, str, Any]] = {
+    "longrope2": ("LongRoPE2", "#D55E00", "-"),
+    "unscaled": ("unscaled", "#777777", ":"),
+    "pi": ("PI", "#0072B2", "--"),
+    "ntk": ("NTK", "#009E73", "-."),
+    "yarn": ("YaRN", "#CC79A7", (0, (5, 1))),
+    "ntk-aware": ("NTK-aware", "#56B4E9", "-."),
+    "llama3": ("Llama 3", "#E69F00", (0, (3, 1, 1, 1))),
+    "ntk-rcd": ("NTK-rcd", "#009E73", (0, (1, 1))),
+    "yarn-rcd": ("YaRN-rcd", "#CC79A7", (0, (1, 1))),
+}
+FOUND, MEDIAN, SPREAD, RACED_OUT, INK, GREY = "#D55E00", "#0072B2", "#9CC3DD", "#F0C27B", "#222222", "#888888"
 DPI = 220
 MAX_BOXES = 12  # scorers that get a box each; more share a histogram
 REFRESH_SECONDS = 20.0
-REFRESH_SHARE = 0.05  # of the driver's time that refreshing may take at most
+REFRESH_SHARE = 0.05  # of the time, that refreshing may take at most
+NOT_YET = "no generation has been closed yet"
 
 # --- what a run directory tells
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one generation took: units, and the time of scorers."""
+class ClosedGeneration:
+    """A generation, with what its newcomers cost according to the ledger."""
 
+    index: int
+    candidates: Sequence[Mapping[str, Any]]
+    survivors: Sequence[Mapping[str, Any]]
+    new_ppls: Sequence[float]  # of the candidates that were scored completely
     scored: int
     raced_out: int
-    ppls: tuple[float, ...]  # of its completely scored newcomers
-    span_seconds: float
+    begin: float  # Unix time of its first unit
+    end: float  # of its last, or of the next generation's first
     busy_seconds: float
     num_scorers: int
+
+    @property
+    def scorer_seconds(self) -> float:
+        """Time that its scorers had."""
+        return max(self.end - self.begin, 0.0) * self.num_scorers
 
 
 @dataclass(frozen=True)
@@ -70,10 +82,10 @@ class RunData:
     status: Mapping[str, Any]
     winner: Mapping[str, Any] | None
     recipe_toml: str
-    generations: Sequence[Mapping[str, Any]]
+    generations: Sequence[ClosedGeneration]
     rows: Sequence[Score]
-    work: Sequence[Work]
     geometry: RopeGeometry | None
+    target_length: int
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -81,19 +93,20 @@ class RunData:
         return self.facts.get("recipe") or {}
 
     @property
-    def target_length(self) -> int | None:
-        return self.facts.get("target_length") or (self.winner or {}).get("target_length")
-
-    @property
     def best(self) -> Mapping[str, Any] | None:
         """The best candidate so far, with its perplexity."""
-        return self.generations[-1]["survivors"][0] if self.generations else None
+        return self.generations[-1].survivors[0] if self.generations else None
+
+    @property
+    def theoretical(self) -> int | None:
+        """The theoretical critical dimension."""
+        return self.geometry.theoretical_critical_dim if self.geometry else None
 
     @property
     def busy_share(self) -> float | None:
-        """Part of the scorers' time that went into units; pauses between two attempts at a run do not count."""
-        room = sum(w.span_seconds * w.num_scorers for w in self.work)
-        return sum(w.busy_seconds for w in self.work) / room if room else None
+        """Part of the scorers' time that went into units; pauses between generations do not count."""
+        room = sum(g.scorer_seconds for g in self.generations)
+        return sum(g.busy_seconds for g in self.generations) / room if room else None
 
 
 def load_run(run_dir: RunDir) -> RunData:
@@ -102,89 +115,84 @@ def load_run(run_dir: RunDir) -> RunData:
     Raises:
         RunDirError: if another version of this tool wrote the directory.
     """
-    generations = run_dir.generations()
     facts, winner = run_dir.read_json("run.json") or {}, run_dir.winner()
+    bodies = run_dir.generations()
     for _ in range(3):
-        # a running search replaces segments by one; read while it did, the ledger lacks rows and is read again
+        # a running search replaces segments by one: read at that moment, the ledger lacks rows and is read again
         rows = [score for score in run_dir.load_scores().values() if score.needle_set == SEARCH_SET]
-        known = {row.vector_id for row in rows}
-        if not generations or known.issuperset(c["id"] for c in generations[-1]["survivors"]):
+        if not bodies or {c["id"] for c in bodies[-1]["survivors"]} <= {row.vector_id for row in rows}:
             break
-    num_samples = facts.get("num_samples") or max((row.sample + 1 for row in rows), default=1)
     recipe = run_dir.path / "recipe.toml"
     return RunData(
-        facts,
-        run_dir.status() or {},
-        winner,
-        recipe.read_text(encoding="utf-8") if recipe.exists() else "",
-        generations,
-        rows,
-        list(_work(generations, rows, num_samples)),
-        _geometry(facts.get("geometry"), winner),
+        facts=facts,
+        status=run_dir.status() or {},
+        winner=winner,
+        recipe_toml=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        generations=_closed(bodies, rows, facts.get("num_samples") or max((r.sample + 1 for r in rows), default=1)),
+        rows=rows,
+        geometry=_geometry(facts.get("geometry") or winner),
+        target_length=facts.get("target_length") or (winner or {}).get("target_length") or 0,
     )
 
 
-def _geometry(known: Mapping[str, Any] | None, winner: Mapping[str, Any] | None) -> RopeGeometry | None:
-    source = known or winner
-    if source is None:
+def _geometry(body: Mapping[str, Any] | None) -> RopeGeometry | None:
+    if body is None:
         return None
-    rotary = source["rotary_dim"]
-    return RopeGeometry(source.get("head_dim", rotary), rotary, source["rope_base"], source["original_length"])
+    rotary = body["rotary_dim"]
+    return RopeGeometry(body.get("head_dim", rotary), rotary, body["rope_base"], body["original_length"])
 
 
-def _work(generations: Sequence[Mapping[str, Any]], rows: Sequence[Score], num_samples: int) -> Iterator[Work]:
+def _closed(bodies: Sequence[Mapping[str, Any]], rows: Sequence[Score], num_samples: int) -> list[ClosedGeneration]:
     by_id: dict[str, list[Score]] = {}
     for row in rows:
         by_id.setdefault(row.vector_id, []).append(row)
-    timed = [row for row in rows if row.started > 0]
-    starts = np.array([row.started for row in timed])
-    ends = starts + np.array([row.seconds for row in timed])
-    own = [[row for c in body["candidates"] for row in by_id.get(c["id"], ())] for body in generations]
-    begins = [min((row.started for row in rows_ if row.started > 0), default=math.inf) for rows_ in own]
-    followings = [*begins, math.inf][1:]
-    for body, rows_, begin, following in zip(generations, own, begins, followings, strict=True):
-        complete = [by_id[c["id"]] for c in body["candidates"] if len(by_id.get(c["id"], ())) == num_samples]
-        ppls = (_ppl(scores) for scores in complete)
-        # units of a race that ended without them run on into the next generation; each second counts where it falls
-        end = min(max((row.started + row.seconds for row in rows_), default=0.0), following)
-        busy = np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None) if end > begin else np.zeros(0)
-        yield Work(
-            len(rows_),
-            len(body["candidates"]) * num_samples - len(rows_),
-            tuple(p for p in ppls if p is not None),
-            max(end - begin, 0.0),
-            float(busy.sum()),
-            len({timed[i].scorer for i in np.flatnonzero(busy)}),
+    starts = np.array([row.started for row in rows])
+    ends = starts + np.array([row.seconds for row in rows])
+    generations: list[ClosedGeneration] = []
+    following = math.inf
+    for body in reversed(bodies):
+        own = [by_id.get(candidate["id"], []) for candidate in body["candidates"]]
+        scored = [row for scores in own for row in scores]
+        # units of a race that ended without them run on into the next generation; a second counts where it falls
+        begin = min((row.started for row in scored), default=0.0)
+        end = min(max((row.started + row.seconds for row in scored), default=0.0), following)
+        busy = np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
+        ppls = [_perplexity(scores) for scores in own if len(scores) == num_samples]
+        generations.append(
+            ClosedGeneration(
+                index=body["index"],
+                candidates=body["candidates"],
+                survivors=body["survivors"],
+                new_ppls=[ppl for ppl in ppls if ppl is not None],
+                scored=len(scored),
+                raced_out=len(own) * num_samples - len(scored),
+                begin=begin,
+                end=end,
+                busy_seconds=float(busy.sum()),
+                num_scorers=len({row.scorer for row, part in zip(rows, busy, strict=True) if part > 0}),
+            )
         )
+        following = begin
+    return generations[::-1]
 
 
-def _ppl(scores: Iterable[Score]) -> float | None:
-    scores = list(scores)
+def _perplexity(scores: Sequence[Score]) -> float | None:
     total = math.fsum(math.inf if s.nll_sum is None else s.nll_sum for s in scores)
     return perplexity(total, sum(s.num_tokens for s in scores))
 
 
 # --- the held-out table
 
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+HEADINGS = ("method", "critical dim", "attention factor", "needle perplexity", "needle accuracy")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One table of the comparison: all methods at one length and attention factor."""
+    """One table of the comparison: all methods at one length and attention factor; ``best`` has the lowest perplexity."""
 
     title: str
     rows: Sequence[Sequence[str]]
-    best: frozenset[int]  # rows with the lowest perplexity
-
-
-HEADINGS = ("method", "critical dim", "attention factor", "needle perplexity", "needle accuracy")
+    best: Sequence[int]
 
 
 def _blocks(winner: Mapping[str, Any]) -> Iterator[Block]:
@@ -193,38 +201,43 @@ def _blocks(winner: Mapping[str, Any]) -> Iterator[Block]:
         rows = [row for row in winner["report"] if (row["length"], row["compared_at"]) == (length, factor)]
         title = f"{length} tokens ({length / original:g} x L0), compared at attention factor {factor:.3f}"
         if length > target:
-            title += f"; beyond the target: baselines at ratio {length / original:g}, LongRoPE2 as found for {target}"
-        ppls = [math.inf if row["ppl"] is None else row["ppl"] for row in rows]
+            title += f"; baselines at ratio {length / original:g}, LongRoPE2 at {target / original:g}"
         cells = [
             (
-                LABELS.get(row["method"], row["method"]),
-                "–" if row["critical_dim"] is None else str(row["critical_dim"]),
+                STYLES[row["method"]][0],
+                "-" if row["critical_dim"] is None else str(row["critical_dim"]),
                 f"{row['attention_factor']:.3f}",
                 _number(row["ppl"]),
-                _share(row["accuracy"]),
+                f"{row['accuracy']:.0%}",
             )
             for row in rows
         ]
-        best = frozenset(i for i, ppl in enumerate(ppls) if ppl == min(ppls) < math.inf)
-        yield Block(title, cells, best)
+        lowest = min((row["ppl"] for row in rows if row["ppl"] is not None), default=None)
+        yield Block(title, cells, [i for i, row in enumerate(rows) if lowest is not None and row["ppl"] == lowest])
 
 
-def _held_out_note(winner: Mapping[str, Any]) -> str:
-    note = "Held out: reported on texts and needles that the search did not see."
+def _number(ppl: float | None) -> str:
+    return "not finite" if ppl is None else f"{ppl:.4g}"
+
+
+def _critical(dim: int) -> str:
+    return str(dim) if dim else "none, every dimension was searched"
+
+
+def _notes(winner: Mapping[str, Any]) -> list[str]:
+    notes = ["Held out: measured on texts and needles that the search did not see."]
     if any(row["length"] > winner["target_length"] for row in winner["report"]):
-        note += " At lengths beyond the target the baselines get the larger ratio."
-    return note
+        notes.append("At lengths beyond the target the baselines get the larger ratio.")
+    return notes
 
 
 def format_table(winner: Mapping[str, Any]) -> str:
     """The held-out comparison of ``winner.json`` as plain text, the best row of each block marked with ``*``."""
-    critical = (
-        f"found critical dimension {winner['critical_dim']}" if winner["critical_dim"] else "every dimension searched"
-    )
     lines = [
         f"{winner['name']}: {winner['original_length']} -> {winner['target_length']} tokens",
-        f"{critical}, theoretical {winner['theoretical_critical_dim']} (cosine index from 0)",
-        _held_out_note(winner),
+        f"critical dimension: found {_critical(winner['critical_dim'])}; "
+        f"theoretical {winner['theoretical_critical_dim']} (cosine index from 0)",
+        *_notes(winner),
     ]
     for block in _blocks(winner):
         widths = [max(map(len, column)) for column in zip(HEADINGS, *block.rows, strict=True)]
@@ -242,42 +255,43 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", li
     """A figure with styled, empty axes; the style is set on the axes since rcParams are shared between threads."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#888888")
-        ax.tick_params(which="both", labelsize=8, color="#888888", labelcolor=INK)
+        ax.spines[["left", "bottom"]].set_color(GREY)
+        ax.tick_params(which="both", labelsize=8, color=GREY, labelcolor=INK)
         ax.set_axisbelow(True)
         ax.grid(axis="y", color="#E6E6E6", linewidth=0.6)
     return figure, axes
 
 
-def _label(ax: "Axes", x: str, y: str) -> None:
-    ax.set_xlabel(x, fontsize=9, color=INK)
-    ax.set_ylabel(y, fontsize=9, color=INK)
-
-
-def _nothing_yet(ax: "Axes", text: str) -> None:
+def _message(text: str) -> "Figure":
+    figure, (ax,) = _figure(6.4, 0.8)
     ax.set_axis_off()
-    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color="#666666", transform=ax.transAxes)
+    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color="#666666", transform=ax.transAxes)
+    return figure
 
 
-def _generation_ticks(ax: "Axes") -> None:
+def _label(ax: "Axes", x: str, y: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set_xlabel(x, fontsize=9, color=INK)
+    ax.set_ylabel(y, fontsize=9, color=INK)
+    if x == "generation":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _log_axis(ax: "Axes", values: Sequence[float]) -> None:
-    """A log axis with plain numbers as labels: few enough to read, enough to have at least two."""
+    """A log axis with plain numbers as labels, few enough to read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_yscale("log")
-    decades = math.log10(max(values) / min(values))
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    wide = max(values) > 2000 * min(values)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1,) if wide else (1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -285,90 +299,80 @@ def _log_axis(ax: "Axes", values: Sequence[float]) -> None:
 def draw_factors(run: RunData) -> "Figure":
     """Factors per dimension, found and baselines, with both critical dimensions (as Fig. 2b and 4 of the paper)."""
     figure, (ax,) = _figure(7.2, 3.4)
-    geometry, target, best = run.geometry, run.target_length, run.best
-    values = [1.0]
-    if geometry and target:
-        for method in dict.fromkeys((*(run.recipe.get("report.methods") or ()), "unscaled", "pi", "ntk", "yarn")):
-            dim = best["critical_dim"] if best and method in WITH_CRITICAL_DIM else None
-            if method not in LINES or method not in METHODS or (method in WITH_CRITICAL_DIM and not dim):
-                continue  # the row longrope2 is the winner itself, and -rcd variants need a found dimension
-            vector = baseline(method, geometry, target, critical_dim=dim).values
-            colour, style = LINES[method]
-            ax.plot(vector, color=colour, linestyle=style, linewidth=1.4, label=LABELS[method])
-            values.extend(vector)
-        _period_axis(ax, geometry)
-    if best:
-        survivors = run.generations[-1]["survivors"]
-        vectors = np.array([assemble(c["critical_dim"], c["tail"]) for c in survivors])
-        ax.fill_between(
-            np.arange(vectors.shape[1]), vectors.min(0), vectors.max(0), color=FOUND, alpha=0.15, linewidth=0,
-            label="all survivors",
-        )  # fmt: skip
-        name = "LongRoPE2" if run.winner else "LongRoPE2, best so far"
-        ax.plot(vectors[0], color=FOUND, linewidth=2, marker="o", markersize=3, label=name, zorder=5)
-        values.extend(vectors.max(0))
-    _log_axis(ax, values)
-    found = best["critical_dim"] if best else 0
-    theory = geometry.theoretical_critical_dim if geometry else 0
+    found = run.best["critical_dim"] if run.best else None
+    drawn = [np.ones(1)]
+    if run.best:
+        survivors = np.array([assemble(c["critical_dim"], c["tail"]) for c in run.generations[-1].survivors])
+        label, colour, _ = STYLES["longrope2"]
+        label += "" if run.winner else ", best so far"
+        ax.plot(survivors[0], color=colour, linewidth=2, marker="o", markersize=3, label=label, zorder=5)
+        low, high, dims = survivors.min(0), survivors.max(0), np.arange(survivors.shape[1])
+        ax.fill_between(dims, low, high, color=colour, alpha=0.15, linewidth=0, label="all survivors")
+        drawn.append(high)
+    if run.geometry and run.target_length:
+        wanted = {*(run.recipe.get("report.methods") or ()), "unscaled", "pi", "ntk", "yarn"}
+        wanted -= {"longrope2", *(() if found else WITH_CRITICAL_DIM)}
+        for method in (m for m in STYLES if m in wanted):
+            dim = found if method in WITH_CRITICAL_DIM else None
+            drawn.append(baseline(method, run.geometry, run.target_length, critical_dim=dim).values)
+            label, colour, line = STYLES[method]
+            ax.plot(drawn[-1], color=colour, linestyle=line, linewidth=1.4, label=label)
+        _period_axis(ax, run.geometry)
+    _log_axis(ax, np.concatenate(drawn).tolist())
+    theory = run.theoretical
     if found and found == theory:
         _mark_dim(ax, found, "found = theoretical", FOUND, "-", left=False)
     else:
-        _mark_dim(ax, found, "found", FOUND, "-", left=found < theory)
-        _mark_dim(ax, theory, "theoretical", THEORY, "--", left=theory < found)
+        _mark_dim(ax, found, "found", FOUND, "-", left=(found or 0) < (theory or 0))
+        _mark_dim(ax, theory, "theoretical", INK, "--", left=(theory or 0) < (found or 0))
     _label(ax, "RoPE dimension (cosine index)", "rescale factor")
-    handles = ax.get_legend_handles_labels()
-    ax.legend(*(h[::-1] for h in handles), fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    if ax.lines:
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _mark_dim(ax: "Axes", dim: int, text: str, colour: str, style: str, *, left: bool) -> None:
-    """A labelled vertical line; none for dimension 0, which no search finds as critical."""
-    if dim:
-        ax.axvline(dim, color=colour, linestyle=style, linewidth=0.9, zorder=1)
-        ax.annotate(
-            f"{text}\n{dim}", (dim, 0.98), xycoords=("data", "axes fraction"), xytext=(-3 if left else 3, 0),
-            textcoords="offset points", ha="right" if left else "left", va="top", fontsize=8, color=colour,
-        )  # fmt: skip
+def _mark_dim(ax: "Axes", dim: int | None, text: str, colour: str, line: str, *, left: bool) -> None:
+    """A labelled vertical line; none for dimension 0, which stands for no critical dimension."""
+    if not dim:
+        return
+    ax.axvline(dim, color=colour, linestyle=line, linewidth=0.9, zorder=1)
+    ax.text(
+        dim, 0.98, f" {text} \n {dim} ", transform=ax.get_xaxis_transform(), va="top", ha="right" if left else "left",
+        fontsize=8, color=colour,
+    )  # fmt: skip
 
 
 def _period_axis(ax: "Axes", geometry: RopeGeometry) -> None:
     """Periods in tokens along the top, at powers of ten."""
-    dims, periods = np.arange(geometry.num_cosines), geometry.periods_tokens
-    powers = np.arange(math.ceil(math.log10(periods[0])), math.floor(math.log10(periods[-1])) + 1)
+    dims, periods = np.arange(geometry.num_cosines), np.log10(geometry.periods_tokens)
+    powers = np.arange(math.ceil(periods[0]), math.floor(periods[-1]) + 1)
     ax.set_xlim(-0.5, len(dims) - 0.5)
     top = ax.twiny()
     top.set_xlim(ax.get_xlim())
-    top.set_xticks(np.interp(powers, np.log10(periods), dims), [f"{10**power:,}" for power in powers.tolist()])
+    top.set_xticks(np.interp(powers, periods, dims), [f"{10**power:,}" for power in powers.tolist()])
     top.spines[["right", "left", "bottom"]].set_visible(False)
-    top.spines["top"].set_color("#888888")
-    top.tick_params(labelsize=8, color="#888888", labelcolor=INK)
+    top.spines["top"].set_color(GREY)
+    top.tick_params(labelsize=8, color=GREY, labelcolor=INK)
     top.set_xlabel("period of the dimension (tokens)", fontsize=9, color=INK)
 
 
 def draw_progress(run: RunData) -> "Figure":
     """Needle perplexity per generation: the best, the survivors' median and spread, and every complete newcomer."""
     figure, (ax,) = _figure(6.4, 3.2)
-    if not run.generations:
-        _nothing_yet(ax, "no generation has been closed yet")
-        return figure
-    indices = [body["index"] for body in run.generations]
-    survivors = [
-        [c["ppl"] for c in body["survivors"] if c["ppl"] is not None] or [math.nan] for body in run.generations
-    ]
-    low, median, high = np.array([np.quantile(ppls, (0.1, 0.5, 0.9)) for ppls in survivors]).T
-    points = [(index, ppl) for index, work in zip(indices, run.work, strict=True) for ppl in work.ppls]
-    if points:
-        ax.scatter(
-            *zip(*points, strict=True), s=9, color="#999999", alpha=0.55, linewidths=0, label="new, scored completely"
-        )
-    ax.fill_between(indices, low, high, color=PALE, alpha=0.6, linewidth=0, label="survivors, 10 to 90 %")
-    ax.plot(indices, median, color="#0072B2", linewidth=1.5, marker="s", markersize=3, label="survivors, median")
-    ax.plot(indices, [min(p) for p in survivors], color=FOUND, linewidth=2, marker="o", markersize=3.5, label="best")
-    seen = [ppl for ppl in (*(p for _, p in points), *(p for ps in survivors for p in ps)) if math.isfinite(ppl)]
+    indices = [g.index for g in run.generations]
+    survivors = [[c["ppl"] for c in g.survivors if c["ppl"] is not None] or [math.nan] for g in run.generations]
+    best, low, median, high = np.array([np.quantile(ppls, (0, 0.1, 0.5, 0.9)) for ppls in survivors]).T
+    new = [(g.index, ppl) for g in run.generations for ppl in g.new_ppls]
+    ax.plot(
+        *zip(*new, strict=True), ".", ms=6, mew=0, color=GREY, alpha=0.5, label="new, scored completely"
+    ) if new else None
+    ax.fill_between(indices, low, high, color=SPREAD, alpha=0.6, linewidth=0, label="survivors, 10 to 90 %")
+    ax.plot(indices, median, color=MEDIAN, linewidth=1.5, marker="s", markersize=3, label="survivors, median")
+    ax.plot(indices, best, color=FOUND, linewidth=2, marker="o", markersize=3.5, label="best")
+    seen = [*(ppl for _, ppl in new), *best[np.isfinite(best)].tolist()]
     if seen and max(seen) > 5 * min(seen):
         _log_axis(ax, seen)
     ax.set_xlim(min(indices) - 0.4, max(indices) + 0.4)
-    _generation_ticks(ax)
     _label(ax, "generation", "needle perplexity (search needles)")
     ax.legend(fontsize=8, frameon=False, loc="upper right")
     return figure
@@ -376,46 +380,39 @@ def draw_progress(run: RunData) -> "Figure":
 
 def draw_dimensions(run: RunData) -> "Figure":
     """How many survivors each critical dimension has, generation by generation."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    found = {c["critical_dim"] for body in run.generations for c in (*body["candidates"], *body["survivors"])}
-    if not found or found == {0}:
-        figure, (ax,) = _figure(6.4, 3.2)
-        _nothing_yet(
-            ax,
-            "every dimension is searched: there is no critical one" if found else "no generation has been closed yet",
-        )
-        return figure
-    theory = run.geometry.theoretical_critical_dim if run.geometry else None
-    first, last = min(found), max(found | ({theory} if theory else set()))
-    figure, (ax,) = _figure(6.4, max(2.4, 0.24 * (last - first + 1) + 1.1))
-    indices = [body["index"] for body in run.generations]
-    counts = np.zeros((last - first + 1, max(indices) + 1))
-    for body in run.generations:
-        for dim, count in Counter(c["critical_dim"] for c in body["survivors"]).items():
-            counts[dim - first, body["index"]] = count
-    shown = np.ma.masked_equal(counts, 0)
-    extent = (-0.5, max(indices) + 0.5, first - 0.5, last + 0.5)
-    image = ax.imshow(
-        shown, cmap="Blues", aspect="auto", origin="lower", extent=extent, vmin=0, vmax=max(counts.max(), 1)
-    )
-    best = [body["survivors"][0]["critical_dim"] for body in run.generations]
-    ax.plot(indices, best, "o", color=FOUND, markersize=4.5, markeredgecolor="white", label="best candidate")
-    if theory and first <= theory:
-        place = (-0.5, theory - 0.5), max(indices) + 1, 1
+    dims = {c["critical_dim"] for g in run.generations for c in (*g.candidates, *g.survivors)}
+    if dims == {0}:
+        return _message("every dimension is searched: there is no critical one")
+    dims |= {run.theoretical} - {None}
+    first, last, end = min(dims), max(dims), run.generations[-1].index
+    figure, (ax,) = _figure(6.4, 1.1 + 0.24 * max(last - first + 1, 6))
+    counts = np.zeros((last - first + 1, end + 1))
+    for generation in run.generations:
+        for dim, count in Counter(c["critical_dim"] for c in generation.survivors).items():
+            counts[dim - first, generation.index] = count
+    extent = (-0.5, end + 0.5, first - 0.5, last + 0.5)
+    blues = LinearSegmentedColormap.from_list("", colormaps["Blues"](np.linspace(0.2, 1, 9)))  # one is not none, white
+    image = ax.imshow(np.ma.masked_equal(counts, 0), cmap=blues, aspect="auto", origin="lower", extent=extent, vmin=1)
+    best = [(g.index, g.survivors[0]["critical_dim"]) for g in run.generations]
+    ax.plot(*zip(*best, strict=True), "o", color=FOUND, markersize=4.5, markeredgecolor="white", label="best candidate")
+    if run.theoretical is not None:
         ax.add_patch(
             Rectangle(
-                *place, fill=False, edgecolor=THEORY, linestyle="--", linewidth=1.1, label="theoretical", clip_on=False
+                (-0.5, run.theoretical - 0.5), end + 1, 1, fill=False, edgecolor=INK, linestyle="--", linewidth=1.1,
+                clip_on=False, label=f"theoretical, {run.theoretical}",
             )
-        )
+        )  # fmt: skip
     ax.grid(visible=False)
-    _generation_ticks(ax)
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=24, integer=True))
     bar = figure.colorbar(image, ax=ax, pad=0.02, ticks=MaxNLocator(integer=True, nbins=5))
     bar.set_label("survivors", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=8, color=GREY, labelcolor=INK)
+    bar.outline.set_edgecolor(GREY)
     _label(ax, "generation", "critical dimension")
     ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return figure
@@ -424,61 +421,42 @@ def draw_dimensions(run: RunData) -> "Figure":
 def draw_units(run: RunData) -> "Figure":
     """Units scored and raced out per generation, time per unit, and how busy the scorers were."""
     figure, (units, times, busy) = _figure(9.6, 3.0, columns=3)
-    indices = [body["index"] for body in run.generations]
-    if indices:
-        scored, out = [w.scored for w in run.work], [w.raced_out for w in run.work]
-        units.bar(indices, scored, color="#0072B2", label="scored")
-        units.bar(
-            indices,
-            out,
-            bottom=scored,
-            color="#F0C27B",
-            hatch="////",
-            edgecolor="white",
-            linewidth=0,
-            label="raced out",
-        )
-        units.set_ylim(0, 1.25 * max(a + b for a, b in zip(scored, out, strict=True)))
-        units.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
-        _generation_ticks(units)
-        _label(units, "generation", "units (candidate, sample)")
-    else:
-        _nothing_yet(units, "no generation has been closed yet")
-    seconds: dict[str, list[float]] = {}
-    for row in run.rows:
-        if row.seconds > 0:
-            seconds.setdefault(row.scorer or "?", []).append(row.seconds)
-    if not seconds:
-        _nothing_yet(times, "no unit has been timed yet")
-    elif len(seconds) <= MAX_BOXES:
-        names = sorted(seconds)
-        boxes = times.boxplot([seconds[n] for n in names], widths=0.5, patch_artist=True, flierprops={"markersize": 2})
-        for box, middle in zip(boxes["boxes"], boxes["medians"], strict=True):
-            box.set(facecolor=PALE, edgecolor="#0072B2", linewidth=0.8)
-            middle.set(color=FOUND, linewidth=1.5)
-        times.set_xticks(range(1, len(names) + 1), [n.removeprefix("scorer-") for n in names])
+    indices = [g.index for g in run.generations]
+    scored, out = [g.scored for g in run.generations], [g.raced_out for g in run.generations]
+    units.bar(indices, scored, color=MEDIAN, label="scored")
+    units.bar(indices, out, bottom=scored, color=RACED_OUT, hatch="////", edgecolor="white", lw=0, label="raced out")
+    units.set_ylim(0, 1.2 * max(map(sum, zip(scored, out, strict=True))))
+    units.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
+    _label(units, "generation", "units (candidate, sample)")
+
+    names = sorted({row.scorer for row in run.rows})
+    seconds = [[row.seconds for row in run.rows if row.scorer == name] for name in names]
+    if len(names) <= MAX_BOXES:
+        lines = {"color": MEDIAN}
+        times.boxplot(
+            seconds, widths=0.5, patch_artist=True, boxprops={"facecolor": SPREAD, "edgecolor": MEDIAN},
+            medianprops={"color": FOUND}, whiskerprops=lines, capprops=lines,
+            flierprops={"markersize": 2, "markeredgecolor": GREY},
+        )  # fmt: skip
+        times.set_xticks(range(1, len(names) + 1), [name.removeprefix("scorer-") for name in names])
         times.set_ylim(bottom=0)
         _label(times, "scorer", "time per unit (s)")
     else:
-        times.hist([s for values in seconds.values() for s in values], bins=30, color="#0072B2")
-        _label(times, f"time per unit (s), {len(seconds)} scorers", "units")
-    shares = [(i, w.busy_seconds / (w.span_seconds * w.num_scorers)) for i, w in zip(indices, run.work, strict=True)
-              if w.span_seconds and w.num_scorers]  # fmt: skip
-    if shares:
-        busy.plot(*zip(*shares, strict=True), color="#0072B2", linewidth=1.5, marker="o", markersize=3)
-        overall = run.busy_share or 0.0
-        busy.axhline(overall, color=FOUND, linestyle="--", linewidth=1.2, label=f"whole search {overall:.0%}")
-        busy.set_ylim(0, 1.05)
-        busy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        times.hist(np.concatenate(seconds), bins=30, color=MEDIAN)
+        _label(times, f"time per unit (s), {len(names)} scorers", "units")
+
+    shares = [g.busy_seconds / g.scorer_seconds if g.scorer_seconds else math.nan for g in run.generations]
+    busy.plot(indices, shares, color=MEDIAN, linewidth=1.5, marker="o", markersize=3)
+    if run.busy_share is not None:
+        busy.axhline(run.busy_share, color=FOUND, ls="--", lw=1.2, label=f"whole search {run.busy_share:.0%}")
         busy.legend(fontsize=8, frameon=False, loc="lower right")
-        _generation_ticks(busy)
-        _label(busy, "generation", "busy share of scorers")
-    else:
-        _nothing_yet(busy, "no generation has been timed yet")
+    busy.set_ylim(0, 1.05)
+    busy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _label(busy, "generation", "busy share of scorers")
     return figure
 
 
-# Name of the PNG, how it is drawn, its caption in the report.
+# PNG, how it is drawn, its caption
 FIGURES: tuple[tuple[str, Callable[[RunData], "Figure"], str], ...] = (
     ("factors.png", draw_factors,
      "Rescale factor per RoPE dimension, found and baselines, on a log axis. Vertical lines: the critical dimension that "
@@ -486,136 +464,123 @@ FIGURES: tuple[tuple[str, Callable[[RunData], "Figure"], str], ...] = (
     ("progress.png", draw_progress,
      "Needle perplexity on the search's needles. Candidates that racing stopped have no perplexity and are not shown."),
     ("dimensions.png", draw_dimensions,
-     "Survivors per critical dimension after each generation; points: the best candidate; dashed: the theoretical one."),
+     "Survivors per critical dimension after each generation. Points: the best candidate; dashed: the theoretical one."),
     ("units.png", draw_units,
-     "Units of work, (candidate, sample), scored and never scored because racing stopped the candidate; time per unit by "
+     "Units of work, (candidate, sample): scored, or never scored because racing stopped the candidate; time per unit by "
      "scorer; the part of the scorers' time that went into units."),
 )  # fmt: skip
 
-# --- the HTML report
+# --- the page
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62em; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60em; margin: 2em auto;
+  padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums }
 caption { text-align: left; font-weight: 600; padding: .4em 0 }
-th, td { padding: .2em .9em .2em 0; text-align: right; border-bottom: 1px solid #eee; vertical-align: top }
+th, td { padding: .2em 1.2em .2em 0; text-align: right; border-bottom: 1px solid #eee; vertical-align: top }
 th:first-child, td:first-child, .facts td { text-align: left } thead th { border-bottom: 1px solid #999 }
-.facts td { overflow-wrap: anywhere } .best td { font-weight: 700; background: #fdf0e6 }
+.facts td { overflow-wrap: anywhere } .facts td:first-child { color: #555; white-space: nowrap }
+.best td { font-weight: 700; background: #fdf0e6 }
 figure { margin: 1.5em 0 } figure img { width: 100%; height: auto }
 figcaption, .note { color: #555; font-size: .9em } pre { background: #f7f7f7; padding: 1em; overflow-x: auto }
 @media print { body { margin: 0; max-width: none } figure, table { break-inside: avoid } h2 { break-after: avoid } }
 """
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], best: Iterable[int] = (), caption: str = "") -> str:
-    marked = set(best)
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr{' class=best' if i in marked else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        + "</tr>\n"
-        for i, row in enumerate(rows)
-    )
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    kind = "" if head else ' class="facts"'
-    return f"<table{kind}>{title}{f'<thead><tr>{cells}</tr></thead>' if head else ''}<tbody>\n{body}</tbody></table>\n"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[int] = (), caption: str = "") -> str:
+    """An HTML table; without ``head`` one of facts, name and value."""
+
+    def row(cells: Sequence[str], tag: str, attribute: str = "") -> str:
+        return f"<tr{attribute}>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    body = "".join(row(cells, "td", ' class="best"' if i in best else "") for i, cells in enumerate(rows))
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    top = f"<table>{title}<thead>{row(head, 'th')}</thead>" if head else '<table class="facts">'
+    return f"{top}<tbody>\n{body}</tbody></table>\n"
 
 
 def _result_facts(run: RunData) -> Iterator[tuple[str, str]]:
-    """The best candidate so far, for a table of two columns."""
-    best = run.best
-    if best is None:
-        yield "best candidate", "none yet: no generation has been closed"
+    """The best candidate so far."""
+    if run.best is None:
+        yield "best candidate", f"none: {NOT_YET}"
         return
-    tail = best["tail"]
-    born = next(
-        (body["index"] for body in run.generations if any(c["id"] == best["id"] for c in body["candidates"])), None
-    )
-    yield "found critical dimension", str(best["critical_dim"]) if best["critical_dim"] else "every dimension searched"
+    id, tail = run.best["id"], run.best["tail"]
+    yield "found critical dimension", _critical(run.best["critical_dim"])
     if run.geometry:
-        geometry = run.geometry
-        yield (
-            "theoretical critical dimension",
-            f"{geometry.theoretical_critical_dim} (ten periods: {geometry.ten_period_dim})",
-        )
-    yield "factors beyond it", f"{tail[0]:.4g} … {tail[-1]:.4g}"
-    yield "attention factor", f"{best['attention_factor']:.3f}"
-    yield "needle perplexity, search needles", _number(best["ppl"])
-    if run.winner:
-        yield "needle accuracy, search needles", _share(run.winner["search"]["accuracy"])
-    yield "candidate", f"{best['id']}, first scored in generation {'?' if born is None else born}"
+        yield "theoretical critical dimension", f"{run.theoretical} (ten periods: {run.geometry.ten_period_dim})"
+    yield "factors from there on", f"{tail[0]:.4g} to {tail[-1]:.4g}"
+    yield "attention factor", f"{run.best['attention_factor']:.3f}"
+    yield "needle perplexity, search needles", _number(run.best["ppl"])
+    born = [str(g.index) for g in run.generations if any(c["id"] == id for c in g.candidates)]
+    yield "candidate", f"{id}, bred for generation {born[0] if born else '?'}"
 
 
 def _run_facts(run: RunData) -> Iterator[tuple[str, str]]:
     """What was run on what, and what it took."""
-    recipe, geometry, target = run.recipe, run.geometry, run.target_length
-    yield "model", str(recipe.get("model.path", "–"))
-    for name, value in sorted((run.facts.get("fingerprints") or (run.winner or {}).get("fingerprints") or {}).items()):
-        yield f"fingerprint, {name}", str(value)
-    if geometry and target:
-        ratio = target / geometry.original_length
-        yield "window", f"{geometry.original_length} -> {target} tokens (ratio {ratio:g})"
+    recipe, generations = run.recipe, run.generations
+    yield "model", str(recipe.get("model.path", "unknown"))
+    for name, value in sorted((run.facts.get("fingerprints") or {}).items()):
+        yield f"fingerprint of {name}", str(value)
+    if run.geometry:
+        geometry, ratio = run.geometry, run.target_length / run.geometry.original_length
+        yield "window", f"{geometry.original_length} -> {run.target_length} tokens (ratio {ratio:g})"
         yield (
             "RoPE",
             f"base {geometry.base:g}, {geometry.rotary_dim} of {geometry.head_dim} dimensions of a head rotary",
         )
-    closed, iterations = len(run.generations), recipe.get("search.iterations")
-    yield "generations", str(closed) if iterations is None else f"{closed} of {iterations + 1}"
-    scored, out = sum(w.scored for w in run.work), sum(w.raced_out for w in run.work)
+    yield "generations closed", f"{len(generations)} of {recipe.get('search.iterations', -1) + 1 or 'unknown'}"
+    scored, out = sum(g.scored for g in generations), sum(g.raced_out for g in generations)
     if scored:
         yield "units in closed generations", f"{scored} scored, {out} raced out ({out / (scored + out):.1%} saved)"
     if len(run.rows) > scored:
         yield "units in the open generation", f"{len(run.rows) - scored} scored so far"
-    seconds = [row.seconds for row in run.rows if row.seconds > 0]
-    if seconds:
-        yield "time per unit", f"median {statistics.median(seconds):.3g} s, sum {sum(seconds):.4g} s"
-        span = sum(w.span_seconds for w in run.work)
-        scorers = len({row.scorer for row in run.rows})
-        yield "search", f"{span:.4g} s with {scorers} scorer{'s' * (scorers > 1)}, {_share(run.busy_share)} busy"
+    if run.rows:
+        yield "time per unit", f"median {statistics.median(row.seconds for row in run.rows):.3g} s"
+        yield "scorers seen", str(len({row.scorer for row in run.rows}))
+    if run.busy_share is not None:
+        yield "searching", f"{sum(g.end - g.begin for g in generations):.4g} s, scorers {run.busy_share:.0%} busy"
 
 
-def _factor_rows(run: RunData) -> Iterator[tuple[str, ...]]:
-    assert run.best is not None
-    for dim, factor in enumerate(assemble(run.best["critical_dim"], run.best["tail"]).tolist()):
-        period = f"{run.geometry.periods_tokens[dim]:.1f}" if run.geometry else "–"
-        yield str(dim), period, f"{factor:.6g}"
-
-
-def _state(run: RunData) -> str:
-    if run.winner:
-        return "finished"
-    return f"{run.status.get('state') or 'starting'}, {len(run.generations)} generations closed"
+def _factor_rows(run: RunData) -> Iterator[tuple[str, str, str]]:
+    if run.best and run.geometry:
+        factors = assemble(run.best["critical_dim"], run.best["tail"])
+        for dim, (period, factor) in enumerate(zip(run.geometry.periods_tokens, factors, strict=True)):
+            yield str(dim), f"{period:.1f}", f"{factor:.6g}"
 
 
 def render_html(run: RunData, figures: Mapping[str, str]) -> str:
-    """The page; ``figures`` is file name -> data URL."""
-    name = html.escape(str((run.winner or {}).get("name") or run.recipe.get("name") or run.status.get("name") or "run"))
+    """The page; ``figures`` is the name of a PNG -> data URL."""
+    name = escape(str(run.recipe.get("name") or run.status.get("name") or "run"))
+    state = "finished" if run.winner else f"{run.status.get('state', 'starting')}; this page refreshes itself"
     refresh = "" if run.winner else f'<meta http-equiv="refresh" content="{REFRESH_SECONDS:g}">\n'
-    parts = [
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{refresh}<title>{name}: LongRoPE2 search</title>\n'
-        f"<style>{STYLE}</style></head><body>\n<h1>{name}</h1>\n"
-        f'<p class="note">LongRoPE2 search, {html.escape(_state(run))}</p>\n<h2>Result</h2>\n',
-        _table((), _result_facts(run)),
-    ]
+    comparison = ""
     if run.winner:
-        parts.append(
-            f'<h2>Comparison on held-out needles</h2>\n<p class="note">{html.escape(_held_out_note(run.winner))}</p>\n'
-        )
-        parts += [_table(HEADINGS, block.rows, block.best, block.title) for block in _blocks(run.winner)]
-    parts.append("<h2>Figures</h2>\n")
-    parts += [
-        f'<figure><img alt="{html.escape(caption)}" src="{figures[name]}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
-        for name, _, caption in FIGURES
-    ]
-    parts += ["<h2>Run</h2>\n", _table((), _run_facts(run))]
-    if run.best:
-        parts += ["<details><summary>Factors by dimension</summary>\n",
-                  _table(("dimension", "period (tokens)", "factor"), _factor_rows(run)), "</details>\n"]  # fmt: skip
-    parts.append(
-        f"<details><summary>Recipe</summary>\n<pre>{html.escape(run.recipe_toml)}</pre></details>\n</body></html>\n"
+        tables = "".join(_table(HEADINGS, block.rows, block.best, block.title) for block in _blocks(run.winner))
+        notes = escape(" ".join(_notes(run.winner)))
+        comparison = f'<h2>Comparison</h2>\n<p class="note">{notes}</p>\n{tables}'
+    factors = ""
+    if rows := list(_factor_rows(run)):
+        table = _table(("dimension", "period (tokens)", "factor"), rows)
+        factors = f"<details><summary>Factors by dimension</summary>\n{table}</details>\n"
+    shown = "".join(
+        f'<figure><img alt="{escape(file)}" src="{figures[file]}"><figcaption>{escape(caption)}</figcaption></figure>\n'
+        for file, _, caption in FIGURES
     )
-    return "".join(parts)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+{refresh}<title>{name}: LongRoPE2 search</title>
+<style>{STYLE}</style></head><body>
+<h1>{name}</h1>
+<p class="note">LongRoPE2 search, {escape(state)}</p>
+<h2>{"Result" if run.winner else "Best so far"}</h2>
+{_table((), _result_facts(run))}{comparison}
+<h2>Figures</h2>
+{shown}<h2>Run</h2>
+{_table((), _run_facts(run))}
+{factors}<details><summary>Recipe</summary><pre>{escape(run.recipe_toml)}</pre></details>
+</body></html>
+"""
 
 
 def write_report(run_dir: RunDir) -> list[Any]:
@@ -626,9 +591,10 @@ def write_report(run_dir: RunDir) -> list[Any]:
     """
     run, urls = load_run(run_dir), {}
     for name, draw, _ in FIGURES:
-        figure = draw(run)
+        figure = draw(run) if run.generations or draw is draw_factors else _message(NOT_YET)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=DPI)
+        figure.set_layout_engine("none")  # it stays as laid out; doing it again would take as long as drawing
         figure.savefig(svg, format="svg")
         run_dir.write_bytes(name, png.getvalue())
         urls[name] = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
@@ -637,7 +603,7 @@ def write_report(run_dir: RunDir) -> list[Any]:
 
 
 class ReportWriter:
-    """Observer of a search that refreshes the report beside it, in one thread at a time; it never stops the search.
+    """Observer of a search that refreshes the report in a thread beside it; whatever fails, the search goes on.
 
     Args:
         run_dir: the run.
@@ -646,10 +612,7 @@ class ReportWriter:
     """
 
     def __init__(
-        self,
-        run_dir: RunDir,
-        write: Callable[[RunDir], object] = write_report,
-        min_seconds: float = REFRESH_SECONDS,
+        self, run_dir: RunDir, write: Callable[[RunDir], object] = write_report, min_seconds: float = REFRESH_SECONDS
     ):
         self._run_dir, self._report, self._min_seconds = run_dir, write, min_seconds
         self._thread: threading.Thread | None = None
@@ -657,8 +620,8 @@ class ReportWriter:
         self._warned = False
 
     def __call__(self, status: Status, event: str) -> None:
-        busy = self._thread is not None and self._thread.is_alive()
-        if event == "generation" and not busy and time.monotonic() >= self._due:
+        at_work = self._thread is not None and self._thread.is_alive()
+        if event == "generation" and not at_work and time.monotonic() >= self._due:
             self._thread = threading.Thread(target=self._write, name="report", daemon=True)
             self._thread.start()
 
@@ -672,9 +635,9 @@ class ReportWriter:
         began = time.monotonic()
         try:
             self._report(self._run_dir)
-        except Exception as error:  # whatever it is, a report is not worth a search
+        except Exception as error:  # no report is worth a search
             if not self._warned:
-                log.warning("the report could not be written (%s: %s); the search goes on", type(error).__name__, error)
+                log.warning("the report could not be written (%s: %s); the run goes on", type(error).__name__, error)
             self._warned = True
         ended = time.monotonic()
         self._due = ended + max(self._min_seconds, (ended - began) / REFRESH_SHARE)

@@ -203,8 +203,8 @@ class RunDir:
                             f"--run-dir: {self.url} belongs to another run: {what} is {old!r} there and {new!r} now; "
                             f"set another --run-dir, or put the field back to resume"
                         )
-        self.write_bytes("recipe.toml", tomli_w.dumps(_without_none(nested_recipe)).encode())
         if found is None:
+            self.write_bytes("recipe.toml", tomli_w.dumps(_without_none(nested_recipe)).encode())
             self.write_json("run.json", {**wanted, **facts})
         return found is not None
 

@@ -208,9 +208,14 @@ class NeedleScorer:
         if self._kernel == "flash_attention_2":
             return _flash_attention(query, key, value, scaling, window), None
         if window is None and query.shape[2] == num_keys:
-            grouped = query.shape[1] != key.shape[1]
+            groups = query.shape[1] // key.shape[1]
+            if groups > 1 and query.is_cuda and query.dtype == torch.float32:
+                # On CUDA only the memory-efficient kernel takes float32, and it knows no groups: without the copies
+                # torch would fall back to a T x T product.
+                key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+                groups = 1
             out = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
             )
         else:
             out = banded_attention(query, key, value, scaling=scaling, window=window)

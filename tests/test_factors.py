@@ -3,12 +3,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longrope2_ray.factors import RescaleFactors, assemble, factors_from_json, ntk_head
 
 
+@settings(deadline=None)
 @given(
     dim=st.integers(1, 64),
     tail=st.lists(st.floats(1.0, 1e3), min_size=1, max_size=64).map(sorted),
@@ -40,19 +41,21 @@ def test_values_are_a_read_only_copy() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_an_entry_that_is_not_finite_and_positive_is_named_by_index(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"^factors: expected finite positive numbers, got .* at index 1 \(and 1 more\)"):
+    with pytest.raises(
+        ValueError, match=r"^factors: expected finite positive numbers, got .* at index 1 \(and 1 more\)"
+    ):
         RescaleFactors(np.array([1.0, bad, bad]))
 
 
 @pytest.mark.parametrize("values", [np.ones((2, 2)), np.ones(0), np.float64(1.0)])
 def test_a_vector_that_is_not_flat_is_refused(values: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="^factors: expected a flat list of numbers"):
+    with pytest.raises(ValueError, match=r"^factors: expected a flat list of numbers"):
         RescaleFactors(values)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_an_impossible_attention_factor_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="^attention_factor: expected a finite positive number"):
+    with pytest.raises(ValueError, match=r"^attention_factor: expected a finite positive number"):
         RescaleFactors(np.ones(2), attention_factor=bad)
 
 
@@ -64,7 +67,9 @@ def test_a_falling_entry_makes_a_vector_not_monotone_but_valid() -> None:
 def test_the_wrong_length_is_refused_with_both_lengths() -> None:
     factors = RescaleFactors(np.ones(3))
     assert factors.require_length(3) is factors
-    with pytest.raises(ValueError, match="^factors: expected 4 numbers, one per cosine dimension of this model, got 3$"):
+    with pytest.raises(
+        ValueError, match=r"^factors: expected 4 numbers, one per cosine dimension of this model, got 3$"
+    ):
         factors.require_length(4)
 
 
@@ -85,13 +90,15 @@ def test_every_kind_of_file_gives_the_vector(text: str, attention: float, critic
     assert (factors.attention_factor, factors.critical_dim, factors.source) == (attention, critical_dim, "file.json")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=128))
 def test_a_written_vector_is_read_back_bit_by_bit(values: list[float]) -> None:
     assert factors_from_json(json.dumps(values), "x").values.tolist() == values
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2", "3", '"text"', "{}", '{"rope_scaling": {"factor": 8}}', '[1, "a"]', '{"factors": {"a": 1}}', "[null]"]
+    "text",
+    ["[1, 2", "3", '"text"', "{}", '{"rope_scaling": {"factor": 8}}', '[1, "a"]', '{"factors": {"a": 1}}', "[null]"],
 )
 def test_a_file_without_a_vector_is_one_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="factors: expected") as caught:
@@ -101,5 +108,5 @@ def test_a_file_without_a_vector_is_one_value_error(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[1, NaN]", "[1, Infinity]", "[1, -2]", "[]", "[[1, 2]]"])
 def test_a_file_with_an_impossible_vector_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="^factors: expected"):
+    with pytest.raises(ValueError, match=r"^factors: expected"):
         factors_from_json(text, "file.json")

@@ -1,7 +1,6 @@
 """Models: specs before weights, refusals, loading, and factors pinned in place."""
 
 import importlib.util
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -278,9 +277,13 @@ def test_weights_that_are_missing_or_torn_are_refused(saved: dict[str, str], tmp
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.path: expected weights"):
         load_model(str(tmp_path), device="cpu")
+    whole = Path(saved["llama"], "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model.path: expected weights that can be loaded"):
+        load_model(str(tmp_path), device="cpu")
     more_layers = tiny_config("llama", num_hidden_layers=4)
     more_layers.save_pretrained(tmp_path)
-    os.link(Path(saved["llama"], "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(whole)
     with pytest.raises(ValueError, match=r"model.path: expected whole weights.*layers.3"):
         load_model(str(tmp_path), device="cpu")
 

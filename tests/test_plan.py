@@ -2,7 +2,15 @@ from typing import Any
 
 import pytest
 
-from longrope2_ray.plan import ACCELERATORS, RACED_OUT, format_plan, num_parameters, pass_flops, plan, scorer_memory_bytes
+from longrope2_ray.plan import (
+    ACCELERATORS,
+    RACED_OUT,
+    format_plan,
+    num_parameters,
+    pass_flops,
+    plan,
+    scorer_memory_bytes,
+)
 from longrope2_ray.recipe import Recipe, ShapeSection
 
 SHAPE = ShapeSection(
@@ -50,7 +58,9 @@ def test_linear_flops_grow_with_the_length_and_attention_with_its_square() -> No
 
 
 def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
-    cost = plan(recipe(needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}), SHAPE, "h100")
+    cost = plan(
+        recipe(needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}), SHAPE, "h100"
+    )
     assert cost["candidates"] == 16 + 3 * 8
     assert cost["units"] == 40 * 5
     assert cost["passes_most"] == 200 + 2 * 3
@@ -129,5 +139,7 @@ def test_what_a_search_would_refuse_is_refused(
 
 def test_a_target_not_above_the_models_own_length_is_refused() -> None:
     longer = SHAPE.model_copy(update={"original_length": 1024})
-    with pytest.raises(ValueError, match=r"^search.target_length: expected more than the original length 1024, got 1024"):
+    with pytest.raises(
+        ValueError, match=r"^search.target_length: expected more than the original length 1024, got 1024"
+    ):
         plan(recipe(), longer, "h100")

@@ -216,7 +216,7 @@ def cases(draw: st.DrawFn, racing: str = "exact", max_niche: int = 2, min_sample
     return Case(newcomers, incumbents, dims, top_k, draw(st.integers(0, max_niche)), racing)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(case=cases(), width=st.integers(1, 40), rng=st.randoms(use_true_random=False), trouble=st.booleans())
 def test_survivors_of_an_exact_race_are_those_of_the_full_evaluation_bit_by_bit(
     case: Case, width: int, rng: random.Random, trouble: bool
@@ -227,7 +227,7 @@ def test_survivors_of_an_exact_race_are_those_of_the_full_evaluation_bit_by_bit(
     assert len(spent) == len(set(spent)) <= case.num_units
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases(), width=st.integers(1, 8), rng=st.randoms(use_true_random=False), share=st.floats(0, 1))
 def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
     case: Case, width: int, rng: random.Random, share: float
@@ -242,7 +242,7 @@ def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
     assert case.survivors(race.totals) == case.full_evaluation()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(case=cases(max_niche=0), rng=st.randoms(use_true_random=False), share=st.sampled_from([0.0, 0.0, 0.3]))
 def test_one_scorer_spends_nothing_on_who_is_above_the_final_kth_total(
     case: Case, rng: random.Random, share: float
@@ -258,7 +258,7 @@ def test_one_scorer_spends_nothing_on_who_is_above_the_final_kth_total(
     assert case.survivors(race.totals) == case.full_evaluation()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(racing="off"), width=st.integers(1, 8), rng=st.randoms(use_true_random=False))
 def test_without_racing_every_sample_of_every_finite_candidate_is_scored(
     case: Case, width: int, rng: random.Random
@@ -270,7 +270,7 @@ def test_without_racing_every_sample_of_every_finite_candidate_is_scored(
     assert case.survivors(race.totals) == case.full_evaluation()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=cases(max_niche=0), rng=st.randoms(use_true_random=False))
 def test_one_scorer_accounts_for_every_unit(case: Case, rng: random.Random) -> None:
     race = case.race()
@@ -279,7 +279,7 @@ def test_one_scorer_accounts_for_every_unit(case: Case, rng: random.Random) -> N
     assert len(spent) + race.num_units_saved == case.num_units
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     case=cases(racing="statistical", max_niche=0, min_samples=4),
     confidence=st.sampled_from([0.1, 0.5, 1.0, 2.0]),

@@ -140,13 +140,15 @@ def test_every_mistake_has_its_line(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="^recipe: expected TOML in .*r.toml"):
+    with pytest.raises(RecipeError, match=r"^recipe: expected TOML in .*r.toml"):
         load_recipe(write(tmp_path, "name = = 3"))
     binary = tmp_path / "b.toml"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="^recipe: expected TOML in .*b.toml"):
+    with pytest.raises(RecipeError, match=r"^recipe: expected TOML in .*b.toml"):
         load_recipe(binary)
-    with pytest.raises(RecipeError, match="^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist"):
+    with pytest.raises(
+        RecipeError, match=r"^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist"
+    ):
         load_recipe("nowhere")
 
 
@@ -180,7 +182,10 @@ def test_the_command_line_overrides_a_field(tmp_path: Path, overrides: list[str]
     ("overrides", "says"),
     [
         (("--search.sead", "3"), "--search.sead: unknown recipe field; did you mean --search.seed?"),
-        (("--search.seed", "x"), "search.seed: expected a valid integer, unable to parse string as an integer, got 'x'"),
+        (
+            ("--search.seed", "x"),
+            "search.seed: expected a valid integer, unable to parse string as an integer, got 'x'",
+        ),
         (("--search.seed",), "command line: error parsing CLI: argument --search.seed: expected one argument"),
         (("stray",), "command line: error parsing CLI: unrecognized arguments: stray"),
     ],

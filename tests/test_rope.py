@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longrope2_ray.rope import RopeGeometry
@@ -30,6 +30,7 @@ def test_partial_rotary_dimensions_decide_the_angles_not_the_head() -> None:
     assert partial.theoretical_critical_dim == whole.theoretical_critical_dim
 
 
+@settings(deadline=None)
 @given(geometry=geometries, num_periods=st.floats(0.5, 100))
 def test_a_dim_with_periods_is_the_first_that_turns_less_often(geometry: RopeGeometry, num_periods: float) -> None:
     turns = geometry.original_length / geometry.periods_tokens
@@ -38,11 +39,13 @@ def test_a_dim_with_periods_is_the_first_that_turns_less_often(geometry: RopeGeo
     assert geometry.dim_with_periods(num_periods) == (fewer[0] if len(fewer) else geometry.num_cosines - 1)
 
 
+@settings(deadline=None)
 @given(geometry=geometries)
 def test_the_ten_period_dim_never_lies_above_the_critical_one(geometry: RopeGeometry) -> None:
     assert 0 <= geometry.ten_period_dim <= geometry.theoretical_critical_dim < geometry.num_cosines
 
 
+@settings(deadline=None)
 @given(geometry=geometries, factor=st.integers(2, 64))
 def test_a_longer_window_moves_the_critical_dim_up(geometry: RopeGeometry, factor: int) -> None:
     longer = geometry.dim_with_periods(1, geometry.original_length * factor)

@@ -46,7 +46,7 @@ def test_bundled_texts_for_search_and_report_share_no_book() -> None:
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "nowhere/*.txt", "bundled:nowhere"])
 def test_a_source_that_matches_nothing_is_named(source: str) -> None:
-    with pytest.raises(ValueError, match="^text: expected a text file, .* which matches nothing$") as caught:
+    with pytest.raises(ValueError, match=r"^text: expected a text file, .* which matches nothing$") as caught:
         load_books([source])
     assert repr(source) in str(caught.value)
 

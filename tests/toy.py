@@ -1,9 +1,9 @@
-"""A toy search for tests: a small geometry, an analytic score, and scorers that are a plain function in this process."""
+"""A toy search for tests: a small geometry, an analytic score, and scorers that are a plain function."""
 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from longrope2_ray.recipe import Recipe
 from longrope2_ray.rope import RopeGeometry
 from longrope2_ray.rundir import RunDir, Score
-from longrope2_ray.search import SEARCH_SET, SearchRun, Unit, report_set
+from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_set
 
 GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
 TARGET_LENGTH = 1024
@@ -42,7 +42,7 @@ def toy_nll(unit: Unit) -> float:
     return float(weights @ gap) + (unit.factors.attention_factor - 1.1) ** 2
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a driver that is killed while it waits."""
 
 
@@ -53,7 +53,7 @@ class ToyScorers:
         width: units in flight at most.
         shuffle: seed of the order in which units in flight complete; None is first in, first out.
         nll: what a unit scores.
-        kill_after: raise ``Killed`` from ``wait`` once so many units were scored.
+        kill_after: raise ``KilledError`` from ``wait`` once so many units were scored.
         batch: how many units may come out of one ``wait``.
     """
 
@@ -81,7 +81,7 @@ class ToyScorers:
 
     def wait(self) -> list[Score]:
         if self._kill_after is not None and len(self.scored) >= self._kill_after:
-            raise Killed
+            raise KilledError
         assert self._in_flight, "waiting although nothing is under way"
         count = 1 if self._rng is None else self._rng.randint(1, self._batch)
         return [self._complete() for _ in range(min(count, len(self._in_flight)))]
@@ -97,7 +97,7 @@ class ToyScorers:
         return Score(*unit.key, nll if finite else None, 7, bool(finite and nll < 0.5), 0.01 * len(self.scored), "toy")
 
 
-def toy_run(recipe: Recipe, run_dir: RunDir, scorers: ToyScorers) -> SearchRun:
+def toy_run(recipe: Recipe, run_dir: RunDir, scorers: ToyScorers, observers: Sequence[Observer] = ()) -> SearchRun:
     """A search run over the toy; a second one on the same directory resumes the first."""
     run_dir.create()
-    return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY)
+    return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY, observers)

@@ -1,0 +1,133 @@
+"""Ways of searching compared on a real model: same number of scored units, several seeds, medians.
+
+    python tests/benchmarks/compare_search.py --units 240 --seeds 5 [--variants push sort ...]
+
+Every (variant, seed) is a Ray task that loads the model once. The best complete candidate after the given number of
+scored units counts, on the search's own needles and, of that candidate, on held-out ones.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+
+import ray
+
+from longrope2_ray import driver
+from longrope2_ray.evolution import Evolution, SearchSpace
+from longrope2_ray.racing import Race
+from longrope2_ray.recipe import load_recipe
+from longrope2_ray.search import SEARCH_SET, perplexity, report_set
+
+VARIANTS: dict[str, dict] = {
+    "random": {"preset": "random"},
+    "paper": {"preset": "paper"},
+    "authors": {"preset": "authors"},
+    "push": {"mutation": "push"},
+    "sort": {"mutation": "sort"},
+    "local": {"mutation": "local"},
+    "local+niche1": {"mutation": "local", "niche_size": 1},
+    "local+blend": {"mutation": "local", "crossover": "blend"},
+    "local+shift": {"mutation": "local", "shift_probability": 0.2},
+    "local+p0.1": {"mutation": "local", "mutation_probability": 0.1},
+    "push+niche1": {"mutation": "push", "niche_size": 1},
+    "all dims": {"mutation": "local", "dimensions": "all"},
+    "off": {"racing": "off"},
+    "statistical": {"racing": "statistical"},
+    "default": {},
+}
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+class Runner:
+    """Keeps the model; runs one search after the other in its process."""
+
+    def __init__(self, prepared: driver.Prepared):
+        from longrope2_ray.model import load_model
+        from longrope2_ray.scoring import NeedleScorer
+
+        model = prepared.recipe.model
+        loaded = load_model(
+            model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1
+        )
+        self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.spec)
+
+    def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
+        """Search until ``units`` are scored, or for ``iterations`` generations where that is given."""
+        base = self.prepared.recipe.search
+        kept = {"target_length", "population_size", "top_k", "num_children", "attention_factor"}
+        chosen = {k: v for k, v in base.model_dump().items() if k in kept}
+        ends = 10_000 if iterations is None else iterations
+        settings = type(base)(**{**chosen, "seed": seed, "iterations": ends, **VARIANTS[variant]})
+        samples = self.prepared.needle_sets[SEARCH_SET]
+        evolution = Evolution(SearchSpace.from_recipe(self.prepared.spec.geometry, settings), settings)
+        nll: dict[str, dict[int, float]] = {}
+        spent, began, curve = 0, time.monotonic(), []
+        best, best_total = None, math.inf
+        while spent < units and not evolution.finished:
+            generation = evolution.generation
+            vectors = {c.id: c for c in generation.candidates}
+            dims = {c.id: c.critical_dim for c in (*generation.survivors, *generation.candidates)}
+            race = Race(dims, list(vectors), {c.id: nll[c.id] for c in generation.survivors}, len(samples), settings)
+            while not race.finished and spent < units and (unit := race.next_unit()):
+                id, sample = unit
+                result = self.scorer.score(samples[sample], vectors[id].factors.values, vectors[id].attention_factor)
+                nll.setdefault(id, {})[sample] = result.nll_sum
+                race.add(id, sample, result.nll_sum)
+                spent += 1
+            for id, total in race.totals.items():
+                if total < best_total:
+                    best, best_total = vectors[id], total
+            curve.append((spent, best_total))
+            if race.finished:
+                evolution.tell(race.totals)
+        tokens = self.prepared.num_tokens[SEARCH_SET]
+        name = report_set(base.target_length)
+        held = [
+            self.scorer.score(s, best.factors.values, best.attention_factor) for s in self.prepared.needle_sets[name]
+        ]
+        return {
+            "variant": variant,
+            "seed": seed,
+            "units": spent,
+            "search_ppl": perplexity(best_total, sum(tokens)),
+            "held_out_ppl": perplexity(sum(h.nll_sum for h in held), sum(h.num_tokens for h in held)),
+            "accuracy": sum(h.correct for h in held) / len(held),
+            "critical_dim": best.critical_dim,
+            "attention_factor": round(best.attention_factor, 4),
+            "generations": evolution.generation.index,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--units", type=int, default=240)
+    parser.add_argument("--iterations", type=int, help="compare whole searches of this many generations instead")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    args, overrides = parser.parse_known_args()
+    prepared = driver.prepare(load_recipe(args.recipe, overrides))
+    units = 10**9 if args.iterations is not None else args.units
+    with driver.ray_session():
+        runners = [Runner.remote(prepared) for _ in range(int(ray.cluster_resources()["CPU"]))]
+        pool = ray.util.ActorPool(runners)
+        work = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+        rows = []
+        for row in pool.map_unordered(lambda a, w: a.search.remote(*w, units, args.iterations), work):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print(f"{'variant':<14} {'search ppl':>10} {'held out':>10} {'accuracy':>9} {'units':>7}   (medians of {args.seeds} seeds)")
+    for variant in args.variants:
+        mine = [row for row in rows if row["variant"] == variant]
+        middle = {k: statistics.median(r[k] for r in mine) for k in ("search_ppl", "held_out_ppl", "accuracy", "units")}
+        print(
+            f"{variant:<14} {middle['search_ppl']:>10.4f} {middle['held_out_ppl']:>10.4f} "
+            f"{middle['accuracy']:>9.2f} {middle['units']:>7.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The commands as a user meets them: what they print, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longrope2_ray.cli import main
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_factors.json").read_text())["vectors"]
+LLAMA3 = ("--head-dim", "128", "--base", "500000", "--original-length", "8192", "--target-length", "131072")
+
+
+def factors_json(capsys, *arguments: str) -> dict:
+    assert main(["factors", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def mistake(capsys, *arguments: str) -> str:
+    """Exit code 2, nothing on stdout, no stack trace; the message."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def model_dir(folder: Path, **config) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_factors_from_geometry_alone(capsys):
+    body = factors_json(capsys, "--method", "longrope2", *LLAMA3, "--critical-dim", "33")
+    assert list(body) == [
+        "method", "factors", "critical_dim", "theoretical_critical_dim", "ten_period_dim", "periods_tokens",
+        "attention_factor",
+    ]  # fmt: skip
+    assert (body["critical_dim"], body["theoretical_critical_dim"], body["ten_period_dim"]) == (33, 35, 24)
+    assert len(body["factors"]) == len(body["periods_tokens"]) == 64
+    assert body["factors"][33:] == [16.0] * 31
+    assert body["factors"][0] == 1.0
+
+
+@pytest.mark.parametrize("method", ["pi", "ntk", "ntk-aware", "yarn", "llama3", "ntk-rcd", "yarn-rcd", "longrope2"])
+def test_every_method_gives_a_vector_for_a_model(capsys, method):
+    body = factors_json(capsys, "--method", method, "--model", "bundled:reference", "--target-length", "2048")
+    assert len(body["factors"]) == 32
+    assert min(body["factors"]) >= 1.0
+    assert max(body["factors"]) > 1.0
+
+
+def test_attention_factor_is_explicit(capsys):
+    assert factors_json(capsys, "--method", "pi", *LLAMA3)["attention_factor"] == 1.0
+    su = factors_json(capsys, "--method", "pi", *LLAMA3, "--attention-factor", "su")["attention_factor"]
+    assert su == pytest.approx(1.1435, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_128k", "phi3_mini_128k", "qwen3_8b_128k"])
+def test_plan_needs_no_model(capsys, name):
+    assert main(["plan", name, "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["fits"]
+    assert 0 < cost["gpu_hours_likely"] < cost["gpu_hours_most"]
+    assert cost["units"] == 13440
+
+
+def test_plan_says_when_a_scorer_does_not_fit(capsys):
+    assert main(["plan", "llama3_8b_128k", "--accelerator", "rtx4090"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_recipe_reference_names_every_section(capsys):
+    assert main(["recipe"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"[{section}]" in out for section in ("model", "search", "needles", "report", "scorer"))
+    assert "mutation_probability" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["search", "no-such-recipe"], ["recipe: expected", "demo"]),
+        (["search", "debug", "--search.populatoin-size", "3"], ["did you mean --search.population-size"]),
+        (["search", "debug", "--search.top-k", "many"], ["search.top_k", "'many'"]),
+        (["search", "debug", "--search.mutation-probability", "3"], ["search.mutation_probability", "less than or equal"]),
+        (["search", "debug", "--search.target-length", "256"], ["search.target_length", "256"]),
+        (["search", "debug", "--search.population-size", "4"], ["search.population_size", "at least 9"]),
+        (["search", "debug", "--search.target-length", "400000"], ["needles.text", "400000"]),
+        (["search", "debug", "--search.critical-dims", "[3,99]"], ["search.critical_dims"]),
+        (["search", "debug", "--model.path", "/no/such/model"], ["model.path", "/no/such/model"]),
+        (["search", "debug", "--model.attention", "flash_attention_2"], ["model.attention", "sdpa"]),
+        (["search", "debug", "--needles.text", '["/no/such/*.txt"]'], ["text", "/no/such/*.txt"]),
+        (["search", "debug", "--report.methods", '["magic"]'], ["report.methods", "magic"]),
+        (["plan", "llama3_8b_128k", "--accelerator", "abacus"], ["--accelerator", "abacus"]),
+        (["factors", "--method", "magic", *LLAMA3], ["--method", "yarn"]),
+        (["factors", "--method", "pi", "--target-length", "8192"], ["--head-dim", "--model"]),
+        (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["target_length", "8192"]),
+        (["factors", "--method", "longrope2", *LLAMA3, "--critical-dim", "64"], ["--critical-dim", "63"]),
+        (["score", "debug", "--factors", "/no/such/file.json"], ["--factors", "/no/such/file.json"]),
+        (["report", "/no/such/run"], ["RUN_DIR", "/no/such/run"]),
+    ],
+)
+def test_a_mistake_gives_one_clear_message(capsys, arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = mistake(capsys, *arguments)
+    for part in parts:
+        assert part in message
+    assert not list(tmp_path.glob("runs/*/scores/*")), "nothing may have been scored"
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "causal language model"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "rotary position embeddings"),
+    ],
+)
+def test_a_model_that_cannot_be_searched_is_refused_by_name(capsys, tmp_path, config, part):
+    message = mistake(capsys, "search", "debug", "--model.path", model_dir(tmp_path, **config))
+    assert part in message
+    assert config["architectures"][0] in message or config["model_type"] in message
+
+
+@pytest.mark.parametrize(
+    ("factors", "part"),
+    [
+        ([1.0] * 31, "expected 32 numbers"),
+        ([1.0] * 31 + [-1.0], "finite positive"),
+        ([1.0] * 31 + [float("nan")], "finite positive"),
+        ({"something": "else"}, "long_factor"),
+        (["a"] * 32, "expected numbers"),
+    ],
+)
+def test_a_bad_vector_is_refused(capsys, tmp_path, factors, part):
+    (tmp_path / "factors.json").write_text(json.dumps(factors))
+    assert part in mistake(capsys, "score", "debug", "--factors", str(tmp_path / "factors.json"))
+
+
+def test_a_run_directory_of_another_recipe_is_refused_by_field(capsys, tmp_path):
+    from longrope2_ray import driver
+    from longrope2_ray.recipe import load_recipe
+    from longrope2_ray.rundir import RunDir
+
+    driver.open_run(driver.prepare(load_recipe("debug")), RunDir(str(tmp_path / "run")))
+    there = ("--run-dir", str(tmp_path / "run"))
+    assert "search.seed is 0 there and 5 now" in mistake(capsys, "search", "debug", "--search.seed", "5", *there)
+    message = mistake(capsys, "search", "debug", "--needles.seed", "5", *there)
+    assert "needles.seed is 0 there and 5 now" in message
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "longrope2_ray.cli", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_an_unreachable_ray_says_so(tmp_path):
+    result = run_command("search", "debug", "--run-dir", str(tmp_path / "run"), RAY_ADDRESS="127.0.0.1:1")
+    assert result.returncode == 2
+    assert "RAY_ADDRESS" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_more_gpus_than_there_are_says_so(tmp_path):
+    result = run_command("search", "debug", "--run-dir", str(tmp_path / "run"), "--scorer.cpus-per-scorer", "1000")
+    assert result.returncode == 2
+    assert "scorer.cpus_per_scorer" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_path):
+    vector = next(v for v in PUBLISHED if v["id"] == "mistral-7b_256k_on-128k-ft")["long_factor"]
+    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"long_factor": vector[:32]}}))
+    result = run_command(
+        "score", "debug", "--factors", str(tmp_path / "config.json"), "--report.num-samples", "2", "--json"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    body = json.loads(result.stdout)
+    assert not body["monotone"]
+    assert "not monotone" in result.stderr
+    assert len(body["nll_per_sample"]) == 2
+    assert body["ppl"] > 1

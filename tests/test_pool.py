@@ -1,0 +1,222 @@
+"""The pool and the whole search on a real Ray: retries, kills, and the same bytes whatever happens."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from longrope2_ray import driver
+from longrope2_ray.factors import RescaleFactors
+from longrope2_ray.pool import Decision, ScorerPool, capacity, decide, scorer_resources
+from longrope2_ray.recipe import ScorerSection, StoppedError, load_recipe
+from longrope2_ray.rundir import RunDir, Score
+from longrope2_ray.search import Status, Unit
+
+ROOT = Path(__file__).parent.parent
+ONES = RescaleFactors([1.0, 1.0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    with driver.ray_session():
+        yield
+
+
+class ToyScorer:
+    """An actor without a model: the sample's number is its NLL; sample numbers also order its misbehaviour."""
+
+    def __init__(self, folder: str, start: str = "works"):
+        self.folder = Path(folder)
+        if start == "fails":
+            raise ValueError("model.path: expected a model, got nothing")
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def score(self, needle_set: str, sample: int, values, attention_factor: float):
+        first_time = not (self.folder / f"{needle_set}-{sample}").exists()
+        (self.folder / f"{needle_set}-{sample}").touch()
+        if needle_set == "raises-once" and first_time:
+            raise OSError("a disk hiccup")
+        if needle_set == "raises-always":
+            raise OSError("a broken disk")
+        if needle_set == "out-of-memory":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 31 GiB")
+        if needle_set == "dies-once" and first_time:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if needle_set == "hangs-once" and first_time:
+            time.sleep(60)
+        return (math.nan if needle_set == "nan" else float(sample)), 8, True, 0.001
+
+
+def toy_pool(folder: Path, num_scorers: int = 2, start: str = "works", **settings) -> ScorerPool:
+    remote = ray.remote(ToyScorer)
+    return ScorerPool(
+        lambda name: remote.options(name=f"{folder.name}-{name}", num_cpus=0.1).remote(str(folder), start),
+        num_scorers,
+        {"CPU": 0.1},
+        ScorerSection(**settings),
+    )
+
+
+def drain(pool: ScorerPool, count: int, seconds: float = 60) -> dict[int, Score]:
+    """Every score of ``count`` units; a second answer for a sample would overwrite and shorten it."""
+    scores: list[Score] = []
+    began = time.monotonic()
+    while len(scores) < count and time.monotonic() - began < seconds:
+        scores += pool.wait()
+    assert len(scores) == count, f"{len(scores)} of {count} scores came"
+    return {score.sample: score for score in scores}
+
+
+def submit(pool: ScorerPool, needle_set: str, count: int) -> None:
+    for sample in range(count):
+        pool.submit(Unit("vector", needle_set, sample, ONES))
+
+
+def test_every_unit_comes_back_once_with_its_own_score(tmp_path):
+    pool = toy_pool(tmp_path)
+    submit(pool, "plain", 20)
+    scores = drain(pool, 20)
+    assert {sample: score.nll_sum for sample, score in scores.items()} == {s: float(s) for s in range(20)}
+    assert {score.scorer for score in scores.values()} <= {"scorer-00", "scorer-01"}
+    assert pool.counts() == {"starting": 0, "idle": 2, "busy": 0, "requeued": 0}
+    pool.close()
+
+
+@pytest.mark.parametrize("misbehaviour", ["raises-once", "dies-once"])
+def test_a_unit_that_fails_once_is_requeued_and_the_others_are_not_disturbed(tmp_path, misbehaviour):
+    pool = toy_pool(tmp_path, max_attempts=4)
+    submit(pool, misbehaviour, 3)
+    scores = drain(pool, 3)
+    assert sorted(scores) == [0, 1, 2]
+    assert pool.counts()["requeued"] == 3
+    pool.close()
+
+
+def test_a_dead_scorer_is_replaced_under_a_new_name(tmp_path):
+    pool = toy_pool(tmp_path, num_scorers=1)
+    submit(pool, "dies-once", 1)
+    assert drain(pool, 1)[0].scorer == "scorer-01"
+    pool.close()
+
+
+def test_a_scorer_that_hangs_is_replaced_after_the_stall_limit(tmp_path):
+    pool = toy_pool(tmp_path, num_scorers=1, stall_seconds=1.0)
+    submit(pool, "hangs-once", 1)
+    assert drain(pool, 1)[0].nll_sum == 0.0
+    assert pool.counts()["requeued"] == 1
+    pool.close()
+
+
+def test_a_score_that_is_not_finite_is_recorded_without_a_number(tmp_path):
+    pool = toy_pool(tmp_path)
+    submit(pool, "nan", 1)
+    assert drain(pool, 1)[0].nll_sum is None
+    pool.close()
+
+
+def test_a_unit_that_always_fails_stops_the_run_with_its_reason(tmp_path):
+    pool = toy_pool(tmp_path, max_attempts=2)
+    submit(pool, "raises-always", 1)
+    with pytest.raises(StoppedError, match=r"a broken disk .*scorer\.max_attempts"):
+        drain(pool, 1)
+    pool.close()
+
+
+def test_out_of_memory_stops_at_once_and_names_the_fields(tmp_path):
+    pool = toy_pool(tmp_path)
+    submit(pool, "out-of-memory", 1)
+    with pytest.raises(StoppedError, match=r"scorer\.gpus_per_scorer"):
+        drain(pool, 1)
+    pool.close()
+
+
+def test_scorers_that_never_come_up_stop_the_run_with_the_reason(tmp_path):
+    pool = toy_pool(tmp_path, start="fails")
+    submit(pool, "plain", 1)
+    with pytest.raises(StoppedError, match=r"model\.path: expected a model, got nothing"):
+        drain(pool, 1)
+    pool.close()
+
+
+def test_decisions_are_retry_until_attempts_are_used_up():
+    assert decide("died", "node lost", 1, 3)[0] is Decision.RETRY
+    assert decide("died", "node lost", 3, 3)[0] is Decision.STOP
+    assert decide("raised", "CUDA out of memory", 1, 3)[0] is Decision.STOP
+
+
+def test_capacity_counts_whole_scorers():
+    assert capacity({"CPU": 8, "GPU": 3}, {"CPU": 1, "GPU": 2}) == 1
+    assert capacity({"CPU": 2}, {"CPU": 1, "GPU": 0}) == 2
+    assert capacity({"CPU": 2}, {"CPU": 1, "GPU": 1}) == 0
+    assert scorer_resources(ScorerSection(), "auto", {"CPU": 2}) == {"CPU": 1, "GPU": 0}
+    assert scorer_resources(ScorerSection(), "auto", {"CPU": 2, "GPU": 8}) == {"CPU": 1, "GPU": 1}
+
+
+def debug_run(run_dir: Path, *overrides: str, observers=()) -> bytes:
+    """The debug recipe on the real model; the bytes of its winner."""
+    prepared = driver.prepare(load_recipe("debug", overrides))
+    place = RunDir(str(run_dir))
+    driver.open_run(prepared, place)
+    driver.run_search(prepared, place, observers)
+    return (run_dir / "winner.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> bytes:
+    return debug_run(tmp_path_factory.mktemp("undisturbed") / "run", "--scorer.num-scorers", "2")
+
+
+def test_one_scorer_and_no_racing_give_the_same_bytes_as_two_with_racing(tmp_path, undisturbed):
+    alone = debug_run(tmp_path / "alone", "--scorer.num-scorers", "1", "--search.racing", "off")
+    assert alone == undisturbed
+
+
+def test_kill_9_of_a_scorer_costs_its_unit_and_not_the_run(tmp_path, undisturbed):
+    killed: list[str] = []
+    requeued: list[int] = []
+
+    def kill_one(status: Status, event: str) -> None:
+        requeued.append(status.scorers.get("requeued", 0))
+        if not killed and status.units_done >= 5:
+            children = subprocess.run(["pgrep", "-f", "ray::Scorer"], capture_output=True, text=True, check=True)
+            killed.append(children.stdout.split()[0])
+            os.kill(int(killed[0]), signal.SIGKILL)
+
+    assert debug_run(tmp_path / "run", "--scorer.num-scorers", "2", observers=[kill_one]) == undisturbed
+    assert killed
+    assert max(requeued) == 1
+
+
+def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "longrope2_ray.cli", "search", "debug", "--run-dir", str(run_dir)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    while len(RunDir(str(run_dir)).load_scores()) < 12:
+        assert first.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() - began < 200, "no scores came"
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    kept = RunDir(str(run_dir)).load_scores()
+    assert not (run_dir / "winner.json").exists()
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "resuming" in second.stderr
+    assert (run_dir / "winner.json").read_bytes() == undisturbed
+    ledger = RunDir(str(run_dir)).load_scores()
+    assert all(ledger[key] == score for key, score in kept.items()), "a kept score was computed again"
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+    third = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert third.returncode == 0
+    assert "nothing was changed" in third.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
