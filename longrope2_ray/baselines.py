@@ -39,7 +39,7 @@ def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
     """NTK with the base of Liu et al.: ``base_ntk = base^(ln(L/2pi) / ln(L0/2pi))``."""
     power = math.log(target_length / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
     exponents = (power - 1) * 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
-    return np.full(geometry.num_cosines, geometry.base) ** exponents
+    return np.asarray(geometry.base**exponents)
 
 
 def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def _dim_of_rotations(geometry: RopeGeometry, rotations: float) -> float:
 def yarn(geometry: RopeGeometry, target_length: int, alpha: float = 1.0, beta: float = 32.0) -> np.ndarray:
     """YaRN's by-parts ramp between ``beta`` and ``alpha`` rotations in L0 (as in transformers, bounds truncated)."""
     low = max(math.floor(_dim_of_rotations(geometry, beta)), 0)
-    high = min(math.ceil(_dim_of_rotations(geometry, alpha)), geometry.num_cosines - 1)
+    high = min(math.ceil(_dim_of_rotations(geometry, alpha)), geometry.rotary_dim - 1)
     return _yarn_ramp(geometry, target_length, low, high)
 
 

@@ -88,6 +88,11 @@ class SearchSpace:
         dims = tuple(range(first, last + 1))
         if search.dimensions == "all":
             dims, low = (0,), 1.0
+        if low < 1 or high < low:
+            raise ValueError(
+                f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
+                f"got {search.tail_bounds[0]:g}, {search.tail_bounds[1]:g}"
+            )
         top = max(su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio))
         fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
         # [ours] a searched temperature may go twice as far from one as the strongest published rule
@@ -198,7 +203,8 @@ MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
 def cross_blend(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random point between two tails; non-decreasing, since both are."""
     weight = rng.uniform()
-    return weight * tail + (1 - weight) * other
+    mixed = weight * tail + (1 - weight) * other
+    return np.clip(mixed, np.minimum(tail, other), np.maximum(tail, other))  # a sum of shares may round out
 
 
 def cross_authors(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -388,6 +394,8 @@ class Evolution:
     def _attention(self, value: float, rng: np.random.Generator) -> float:
         """The temperature as one more gene, where it is searched."""
         low, high = self.space.attention_bounds
+        if self.settings.mutation == "random":
+            return float(rng.uniform(low, high))
         if low == high or rng.random() >= self.settings.mutation_probability:
             return value
         return float(np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high))

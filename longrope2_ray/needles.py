@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str: ...
 
@@ -159,7 +159,7 @@ def build_needle_set(
 
     def ids_of(index: int) -> list[int]:
         if index not in encoded:
-            encoded[index] = tokenizer.encode(books[index].text, add_special_tokens=False)
+            encoded[index] = tokenizer.encode(books[index].text, add_special_tokens=False, split_special_tokens=True)
         return encoded[index]
 
     samples: list[NeedleSample] = []

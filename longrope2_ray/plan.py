@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from longrope2_ray.evolution import SearchSpace
+from longrope2_ray.evolution import Evolution, SearchSpace
 from longrope2_ray.recipe import Recipe
 from longrope2_ray.rope import RopeGeometry
 
@@ -112,6 +112,7 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         shape.head_dim, shape.rotary_dim, shape.rope_base, recipe.model.original_length or shape.original_length
     )
     space = SearchSpace.from_recipe(geometry, search)
+    Evolution(space, search)  # refuses what the search would refuse
     candidates = search.population_size + search.iterations * search.num_children
     most = candidates * recipe.needles.num_samples
     likely = most if search.racing == "off" else round(most * (1 - RACED_OUT))

@@ -75,10 +75,6 @@ class Race:
         elif racing and not self._can_survive(id):
             self._close(id)
 
-    def put_back(self, id: str, sample: int) -> None:
-        """A unit that was handed out was not scored."""
-        self._pending[id].discard(sample)
-
     @property
     def finished(self) -> bool:
         """Whether every candidate is complete or out; units under way do not matter any more."""

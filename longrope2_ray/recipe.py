@@ -253,16 +253,22 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(str(name))
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+        for key in data:
+            if key.startswith("_"):  # pydantic-settings would take it as an argument of its own
+                raise RecipeError(f"{path}:\n  {key}: unknown recipe field")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: expected TOML in {path}, got {error}") from error
     try:
         return Recipe(**_merge(data, _overrides(overrides)))
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _lines(error))) from error
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
     names = {name.replace("_", "-") for name in field_names(Recipe)}
+    # --search.top_k is --search.top-k
+    parts = [argument.partition("=") for argument in arguments]
+    arguments = [(flag.replace("_", "-") if flag.startswith("--") else flag) + eq + value for flag, eq, value in parts]
     for argument in arguments:
         flag = argument.removeprefix("--").split("=")[0]
         if argument.startswith("--") and flag.replace("_", "-") not in names:
@@ -287,12 +293,23 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _lines(error: ValidationError) -> list[str]:
+    """One line for each wrong field; the branches of a union complain apart."""
+    first: dict[str, str] = {}
+    for complaint in error.errors():
+        line = _explain(complaint)
+        field = line.split(":", 1)[0]
+        first[field] = f"{first[field]}, or {line.split(': ', 1)[1]}" if field in first else line
+    return list(first.values())
+
+
 def _explain(error: Any) -> str:
-    location = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and not part.startswith("literal["))
+    branches = ("float", "literal[")  # of a union: no part of the field's name
+    location = ".".join(part for part in error["loc"] if isinstance(part, str) and not part.startswith(branches))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location, list(field_names(Recipe)), n=1, cutoff=0.5)
         return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
-    if error["type"] == "missing":
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{location}: missing, and it has no default"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":

@@ -143,7 +143,7 @@ class RunDir:
         path = self.path / name
         try:
             body = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, UnicodeDecodeError) as error:
             raise CorruptFileError(f"{path} is torn or corrupt: {error}") from error

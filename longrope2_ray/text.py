@@ -3,6 +3,7 @@
 import glob
 import gzip
 import lzma
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ def resolve_text_paths(sources: Sequence[str]) -> list[Path]:
             found = sorted(folder.glob("*.txt.xz"))
         elif Path(source).is_dir():
             found = sorted(p for p in Path(source).iterdir() if ".txt" in p.suffixes)
+        elif Path(source).is_file():
+            found = [Path(source)]
         else:
             found = [Path(p) for p in sorted(glob.glob(source))]
         if not found:
@@ -57,6 +60,6 @@ def load_books(sources: Sequence[str]) -> list[Book]:
         try:
             with opener(path, "rt", encoding="utf-8") as file:
                 books.append(Book(path.name.split(".txt")[0], file.read()))
-        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"text: expected UTF-8 text in {path}, got {error}") from error
     return books

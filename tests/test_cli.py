@@ -87,7 +87,10 @@ def test_the_recipe_reference_names_every_section(capsys):
         (["search", "no-such-recipe"], ["recipe: expected", "demo"]),
         (["search", "debug", "--search.populatoin-size", "3"], ["did you mean --search.population-size"]),
         (["search", "debug", "--search.top-k", "many"], ["search.top_k", "'many'"]),
-        (["search", "debug", "--search.mutation-probability", "3"], ["search.mutation_probability", "less than or equal"]),
+        (
+            ["search", "debug", "--search.mutation-probability", "3"],
+            ["search.mutation_probability", "less than or equal"],
+        ),
         (["search", "debug", "--search.target-length", "256"], ["search.target_length", "256"]),
         (["search", "debug", "--search.population-size", "4"], ["search.population_size", "at least 9"]),
         (["search", "debug", "--search.target-length", "400000"], ["needles.text", "400000"]),

@@ -139,7 +139,7 @@ def contexts(draw: st.DrawFn) -> tuple[list[float], MutationContext]:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(drawn=contexts())
 def test_a_mutated_tail_rises_stays_in_bounds_and_keeps_its_length(
     name: str, drawn: tuple[list[float], MutationContext]
@@ -274,7 +274,7 @@ OPERATORS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(changes=OPERATORS)
 def test_every_candidate_of_a_search_is_legal_and_new_and_bred_from_a_survivor(changes: dict[str, Any]) -> None:
     search = evolution(**changes)

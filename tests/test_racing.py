@@ -82,7 +82,7 @@ def preload(race: Race, case: Case, units: list[tuple[str, int]]) -> None:
 def drive(race: Race, case: Case, width: int, rng: random.Random, trouble: bool = False) -> list[tuple[str, int]]:
     """Run a race to its end with up to ``width`` units in flight, completed in random order; units in order of start.
 
-    With ``trouble`` units are put back and told twice as well.
+    With ``trouble`` units are told twice as well.
     """
     in_flight: list[tuple[str, int]] = []
     spent: list[tuple[str, int]] = []
@@ -95,10 +95,6 @@ def drive(race: Race, case: Case, width: int, rng: random.Random, trouble: bool 
             spent.append(unit)
         assert in_flight, "a race that is not finished hands nothing out"
         unit = in_flight.pop(rng.randrange(len(in_flight)))
-        if trouble and rng.random() < 0.2:
-            race.put_back(*unit)
-            spent.remove(unit)
-            continue
         race.add(*unit, case.newcomers[unit[0]][unit[1]])
         told.add(unit)
         if trouble and rng.random() < 0.2:
@@ -122,7 +118,7 @@ THREE_BY_TWO: list[Table] = [
     {"a": [INF, 0], "b": [1, 1], "c": [0, INF]},
     {"a": [0.1, 0.2], "b": [0.3, 0.0], "c": [0.2, 0.1]},
 ]
-INCUMBENTS: list[Table] = [{}, {"y": [1, 1]}, {"x": [0, 1], "y": [2, 1]}, {"A": [1, 2], "z": [1, 2]}]
+INCUMBENTS: list[Table] = [{}, {"x": [0, 1], "y": [2, 1]}, {"A": [1, 2], "z": [1, 2]}]
 
 
 @pytest.mark.parametrize("incumbents", INCUMBENTS, ids=lambda table: "-".join(table) or "none")
@@ -216,7 +212,7 @@ def cases(draw: st.DrawFn, racing: str = "exact", max_niche: int = 2, min_sample
     return Case(newcomers, incumbents, dims, top_k, draw(st.integers(0, max_niche)), racing)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases(), width=st.integers(1, 40), rng=st.randoms(use_true_random=False), trouble=st.booleans())
 def test_survivors_of_an_exact_race_are_those_of_the_full_evaluation_bit_by_bit(
     case: Case, width: int, rng: random.Random, trouble: bool
@@ -242,7 +238,7 @@ def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
     assert case.survivors(race.totals) == case.full_evaluation()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(max_niche=0), rng=st.randoms(use_true_random=False), share=st.sampled_from([0.0, 0.0, 0.3]))
 def test_one_scorer_spends_nothing_on_who_is_above_the_final_kth_total(
     case: Case, rng: random.Random, share: float
@@ -279,11 +275,11 @@ def test_one_scorer_accounts_for_every_unit(case: Case, rng: random.Random) -> N
     assert len(spent) + race.num_units_saved == case.num_units
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     case=cases(racing="statistical", max_niche=0, min_samples=4),
     confidence=st.sampled_from([0.1, 0.5, 1.0, 2.0]),
-    ways=st.lists(st.tuples(st.integers(1, 12), st.randoms(use_true_random=False)), min_size=2, max_size=4),
+    ways=st.lists(st.tuples(st.integers(1, 12), st.randoms(use_true_random=False)), min_size=2, max_size=3),
     share=st.floats(0, 0.5),
 )
 def test_survivors_of_a_statistical_race_do_not_depend_on_the_order_of_completion(
@@ -351,16 +347,6 @@ def test_many_scorers_spread_over_candidates_before_they_double_up() -> None:
     race = Case({id: [1.0, 1.0] for id in "abc"}, top_k=1).race()
     first = [race.next_unit() for _ in range(3)]
     assert [unit[0] for unit in first if unit] == ["a", "b", "c"]
-
-
-def test_a_unit_put_back_is_handed_out_again() -> None:
-    race = Case({"a": [1.0]}).race()
-    unit = race.next_unit()
-    assert unit == ("a", 0)
-    assert race.next_unit() is None
-    assert not race.finished
-    race.put_back(*unit)
-    assert race.next_unit() == unit
 
 
 def test_scores_of_strangers_are_ignored() -> None:

@@ -40,8 +40,8 @@ def undisturbed(**search: Any) -> bytes:
 
 
 @pytest.mark.parametrize("racing", ["exact", "off"])
-@pytest.mark.parametrize("width", [1, 2, 5, 100])
-@pytest.mark.parametrize("shuffle", [None, 1, 2])
+@pytest.mark.parametrize("width", [1, 2, 5])
+@pytest.mark.parametrize("shuffle", [None, 1])
 def test_the_winner_is_the_same_bytes_for_any_number_of_scorers_and_order(
     width: int, shuffle: int | None, racing: str
 ) -> None:
@@ -71,9 +71,9 @@ def test_a_statistical_search_ends_in_the_same_bytes_too(width: int) -> None:
     assert winner_bytes(finished(ToyScorers(width, shuffle=width), toy_recipe(**changes))) == undisturbed(**changes)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    kills=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    kills=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     width=st.sampled_from([1, 2, 5]),
     shuffle=st.integers(0, 99),
     racing=st.sampled_from(["exact", "off"]),

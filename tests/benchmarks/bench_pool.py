@@ -69,7 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     with driver.ray_session():
         rates = [measure(4, 0.0, 64, 30)[0] for _ in range(args.repeats)]
-        print(f"no-op units per second (4 scorers): median {statistics.median(rates):.0f} of {[round(r) for r in rates]}")
+        print(
+            f"no-op units per second (4 scorers): median {statistics.median(rates):.0f} of {[round(r) for r in rates]}"
+        )
         shares = [measure(args.scorers, args.seconds, 64, 10)[1] for _ in range(args.repeats)]
         print(
             f"busy share of {args.scorers} scorers, {args.seconds} s a unit, 64 candidates x 10 samples: "

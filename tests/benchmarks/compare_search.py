@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-@ray.remote(num_cpus=1, max_retries=0)
+@ray.remote(num_cpus=1)
 class Runner:
     """Keeps the model; runs one search after the other in its process."""
 
@@ -48,9 +48,7 @@ class Runner:
         from longrope2_ray.scoring import NeedleScorer
 
         model = prepared.recipe.model
-        loaded = load_model(
-            model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1
-        )
+        loaded = load_model(model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1)
         self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.spec)
 
     def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
@@ -119,7 +117,9 @@ def main() -> None:
         for row in pool.map_unordered(lambda a, w: a.search.remote(*w, units, args.iterations), work):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    print(f"{'variant':<14} {'search ppl':>10} {'held out':>10} {'accuracy':>9} {'units':>7}   (medians of {args.seeds} seeds)")
+    print(
+        f"{'variant':<14} {'search ppl':>10} {'held out':>10} {'accuracy':>9} {'units':>7}   (medians of {args.seeds} seeds)"
+    )
     for variant in args.variants:
         mine = [row for row in rows if row["variant"] == variant]
         middle = {k: statistics.median(r[k] for r in mine) for k in ("search_ppl", "held_out_ppl", "accuracy", "units")}
