@@ -39,7 +39,7 @@ def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
     """NTK with the base of Liu et al.: ``base_ntk = base^(ln(L/2pi) / ln(L0/2pi))``."""
     power = math.log(target_length / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
     exponents = (power - 1) * 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
-    return np.asarray(geometry.base**exponents)
+    return geometry.base**exponents
 
 
 def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np
 
 def _yarn_ramp(geometry: RopeGeometry, target_length: int, low: float, high: float) -> np.ndarray:
     ratio = target_length / geometry.original_length
-    keep = 1 - np.clip((np.arange(geometry.num_cosines) - low) / max(high - low, 1e-3), 0, 1)
+    keep: np.ndarray = 1 - np.clip((np.arange(geometry.num_cosines) - low) / max(high - low, 1e-3), 0, 1)
     return 1 / (keep + (1 - keep) / ratio)
 
 

@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(command=function, overrides_allowed=recipe)
         if recipe:
-            sub.add_argument("recipe", help="recipe file, or the name of a shipped one; --section.field overrides it")
+            sub.add_argument(
+                "recipe", help="recipe file, or the name of a shipped one; --section.field VALUE after it overrides it"
+            )
         return sub
 
     search = command("search", _search, "Search for the factors; run again to resume.")

@@ -57,6 +57,12 @@ def prepare(recipe: Recipe) -> Prepared:
     model, where = recipe.model, {"gguf_file": recipe.model.gguf_file, "revision": recipe.model.revision}
     check_attention(model.attention, model.device)
     spec = read_spec(model.path, original_length=model.original_length, **where)
+    window = spec.sliding_window
+    if window is not None and window < recipe.search.target_length:
+        log.warning(
+            "every layer of %s sees only %d tokens: a needle farther away cannot be found, whatever the factors",
+            model.path, window,
+        )  # fmt: skip
     Evolution(SearchSpace.from_recipe(spec.geometry, recipe.search), recipe.search)
     tokenizer: Any = load_tokenizer(model.path, **where)
 

@@ -126,7 +126,7 @@ class SearchSection(Section):
         return self
 
 
-# What each preset changes. "paper" is App. B read literally, "authors" their code's operators and numbers.
+# What each preset changes. "paper" is Alg. 2 read literally, "authors" the operators of their code; numbers as in App. B.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"mutation": "neighbours", "niche_size": 0, "crossover": "none"},

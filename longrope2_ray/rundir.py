@@ -12,6 +12,7 @@ Every JSON file carries a checksum of its content. A file that is torn or corrup
 Locally a file is written beside its place, synced and moved there; an object store gets one PUT.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 from upath import UPath
@@ -84,6 +85,8 @@ class RunDir:
         self.path = UPath(url)
         self.local = self.path.protocol in ("", "file", "local")
         self._corrupt: set[str] = set()
+        self._segments: set[str] = set()  # of the ledger, read or written here
+        self._lock: IO[str] | None = None
 
     def create(self) -> None:
         """Make the directory and prove that it can be written to."""
@@ -187,6 +190,7 @@ class RunDir:
             RunDirError: if the directory holds the run of another recipe, model or needle set.
         """
         self.create()
+        self._take_lock()
         wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
         found = self._read_or_skip("run.json")
         if found is None and self._names("scores"):
@@ -208,34 +212,60 @@ class RunDir:
             self.write_json("run.json", {**wanted, **facts})
         return found is not None
 
+    def _take_lock(self) -> None:
+        """One search at a time in a local directory; the lock goes with its process, however that ends."""
+        if not self.local or self._lock is not None:
+            return
+        lock = open(str(self.path / ".lock"), "a")  # noqa: SIM115 - held for as long as this object lives
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise RunDirError(
+                f"--run-dir: a search is running in {self.url} already; wait for it, stop it, or set another --run-dir"
+            ) from error
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let another search into the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     # --- ledger
 
     def append_scores(self, scores: Iterable[Score]) -> None:
         """Commit rows as one new immutable segment."""
         rows = [asdict(score) for score in scores]
         if rows:
-            self.write_json(f"scores/{uuid.uuid4().hex}.json", {"rows": rows})
+            name = f"scores/{uuid.uuid4().hex}.json"
+            self.write_json(name, {"rows": rows})
+            self._segments.add(name)
 
     def load_scores(self) -> dict[tuple[str, str, int], Score]:
         """Every committed row by its key; corrupt segments are reported and skipped."""
         ledger: dict[tuple[str, str, int], Score] = {}
         for name in self._names("scores"):
             body = self._read_or_skip(name)
-            for row in body["rows"] if body else ():
+            if body is None:
+                continue
+            self._segments.add(name)
+            for row in body["rows"]:
                 score = Score(**row)
                 ledger.setdefault(score.key, score)
         return ledger
 
     def compact_scores(self, ledger: Iterable[Score]) -> None:
-        """Replace all segments by one that holds ``ledger``: the new one is whole before the old ones go.
+        """Replace the segments read or written here by one that holds ``ledger``: it is whole before they go.
 
         Corrupt segments stay where they are, for a person to look at.
         """
-        old = [name for name in self._names("scores") if name not in self._corrupt]
+        old = sorted(self._segments)
         if len(old) > 1:
             self.append_scores(ledger)
             for name in old:
                 (self.path / name).unlink(missing_ok=True)
+                self._segments.discard(name)
 
     # --- generations, result, status
 

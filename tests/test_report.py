@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from longrope2_ray.figures import load_run
 from longrope2_ray.recipe import Recipe, flatten
-from longrope2_ray.report import ReportWriter, format_table, load_run, write_report
+from longrope2_ray.report import ReportWriter, format_table, write_report
 from longrope2_ray.rope import RopeGeometry
 from longrope2_ray.rundir import RunDir, Score
 from longrope2_ray.search import SEARCH_SET, SearchRun, Status, Unit, report_set

@@ -25,7 +25,10 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunDir]:
 
 
 def begin(run_dir: RunDir, recipe: dict[str, Any] = RECIPE, prints: dict[str, str] = PRINTS) -> bool:
-    return run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
+    try:
+        return run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
+    finally:
+        run_dir.close()
 
 
 def score(sample: int, vector: str = "v", nll: float | None = 1.5) -> Score:
@@ -300,3 +303,23 @@ def test_generations_come_back_oldest_first_and_a_spoiled_one_is_skipped(run_dir
     assert [g["index"] for g in RunDir(run_dir.url).generations()] == [0, 2, 10]
     run_dir.write_generation(1, {"index": 1, "nll": 1.5})
     assert [g["index"] for g in RunDir(run_dir.url).generations()] == [0, 1, 2, 10]
+
+
+def test_a_second_search_in_the_same_directory_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    first = RunDir(str(tmp_path / "run"))
+    first.open({"a": 1}, {}, {}, {})
+    with pytest.raises(RunDirError, match="a search is running"):
+        RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})
+    first.close()
+    assert RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})
+
+
+def test_compaction_keeps_segments_that_somebody_else_wrote(tmp_path: Path) -> None:
+    ours, theirs = RunDir(str(tmp_path)), RunDir(str(tmp_path))
+    ours.create()
+    rows = [Score("v", "search", sample, 1.0, 8, True) for sample in range(3)]
+    ours.append_scores(rows[:1])
+    ours.append_scores(rows[1:2])
+    theirs.append_scores(rows[2:])
+    ours.compact_scores(rows[:2])
+    assert len(RunDir(str(tmp_path)).load_scores()) == 3
