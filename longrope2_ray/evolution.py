@@ -157,6 +157,21 @@ def mutate_local(tail: np.ndarray, at: MutationContext) -> np.ndarray:
     return tail
 
 
+def mutate_block(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """From each chosen entry on, or up to it, move the whole block by one Gaussian step, as far as its neighbour.
+
+    Factors of neighbouring dimensions act alike, so blocks reach a good slope in far fewer steps than single entries.
+    """
+    tail = tail.copy()
+    for i in at.chosen(len(tail)):
+        delta = at.rng.normal(0, at.step * (at.high - at.low))
+        if at.rng.random() < 0.5:
+            tail[i:] = np.clip(tail[i:] + delta, tail[i - 1] if i > 0 else at.low, at.high)
+        else:
+            tail[: i + 1] = np.clip(tail[: i + 1] + delta, at.low, tail[i + 1] if i + 1 < len(tail) else at.high)
+    return tail
+
+
 def mutate_neighbours(tail: np.ndarray, at: MutationContext) -> np.ndarray:
     """The literal reading: draw each chosen entry between its neighbours, from left to right."""
     tail = tail.copy()
@@ -194,6 +209,7 @@ MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
     "push": mutate_push,
     "sort": mutate_sort,
     "local": mutate_local,
+    "block": mutate_block,
     "neighbours": mutate_neighbours,
     "authors": mutate_authors,
     "random": mutate_random,
@@ -340,7 +356,8 @@ class Evolution:
         for seed in seeds:
             self._seen.add(seed.id)
             yield seed
-        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, self._mutate)
+        make = self._draw if self.settings.initial == "uniform" else self._mutate
+        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, make)
 
     def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Candidate]:
         """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
@@ -385,6 +402,11 @@ class Evolution:
         context = MutationContext(low, high, settings.mutation_probability, settings.mutation_step, rng)
         tail = MUTATIONS[settings.mutation](tail, context)
         return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
+
+    def _draw(self, parent: Candidate, rng: np.random.Generator) -> Candidate:
+        """A tail drawn uniformly from the monotone box of the parent's critical dimension."""
+        tail = np.sort(rng.uniform(*self.space.tail_bounds, len(parent.tail)))
+        return Candidate(parent.critical_dim, tuple(map(float, tail)), parent.attention_factor, parent.id)
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)

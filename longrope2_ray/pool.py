@@ -25,7 +25,6 @@ from longrope2_ray.search import Unit
 
 log = logging.getLogger("longrope2")
 RESIZE_SECONDS = 5.0
-MAX_FAILED_STARTS = 3
 
 
 class Scorer:
@@ -235,11 +234,10 @@ class ScorerPool:
         message = message.strip().splitlines()[-1]
         if unit is None:
             self._failed_starts += kind == "raised"  # a node that went away while starting is no failed start
-            attempts, limit = self._failed_starts, MAX_FAILED_STARTS
+            attempts = self._failed_starts
         else:
             attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + 1
-            limit = self._settings.max_attempts
-        decision, hint = decide(kind, message, attempts, limit)
+        decision, hint = decide(kind, message, attempts, self._settings.max_attempts)
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"
         if decision is Decision.STOP:
             raise StoppedError(f"{name} failed {doing}: {message} ({hint})")

@@ -71,8 +71,11 @@ class SearchSection(Section):
     iterations: int = Field(40, ge=0, description="Generations after the initial one.")
     top_k: Positive = Field(32, description="Survivors of each generation.")
     num_children: Positive = Field(32, description="New candidates a generation.")
-    mutation: Literal["push", "sort", "local", "neighbours", "authors", "random"] = Field(
+    mutation: Literal["block", "push", "sort", "local", "neighbours", "authors", "random"] = Field(
         "push", description="How a tail changes: see evolution.MUTATIONS."
+    )
+    initial: Literal["mutants", "uniform"] = Field(
+        "mutants", description="What fills the population beside one constant tail for each critical dimension."
     )
     mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
     mutation_step: float = Field(0.25, gt=0, le=1, description="Step of 'local' in widths of the tail's bounds.")
@@ -157,7 +160,7 @@ class ReportSection(NeedleSection):
     seed: int = Field(1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed.")
     lengths: list[Positive] = Field([], description="Lengths reported, in tokens; the target length unless given.")
     methods: list[str] = Field(
-        ["unscaled", "pi", "ntk", "yarn", "longrope2"], description="Rows of the table, longrope2 the winner."
+        ["unscaled", "pi", "ntk", "llama3", "yarn", "longrope2"], description="Rows of the table, longrope2 the winner."
     )
     attention_factors: list[AttentionFactor] = Field(
         [], description="Attention factors of the tables; the winner's unless given."
@@ -172,7 +175,9 @@ class ScorerSection(Section):
     cpus_per_scorer: float = Field(1, gt=0, description="CPUs reserved for one scorer.")
     threads: Positive = Field(1, description="CPU threads of one scorer; part of the result, since sums depend on it.")
     mlp_chunk_tokens: Positive = Field(8192, description="Tokens that go through an MLP at once; bounds memory.")
-    max_attempts: Positive = Field(4, description="Times a unit is tried before the run stops.")
+    max_attempts: Positive = Field(
+        4, description="Times a unit, or the start of a scorer, is tried before the run stops."
+    )
     stall_seconds: float = Field(1800, gt=0, description="A scorer busy for longer on one unit is replaced.")
     start_seconds: float = Field(1800, gt=0, description="Time without any scorer before the run stops.")
 

@@ -24,6 +24,7 @@ ONES = RescaleFactors([1.0, 1.0])
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
     with driver.ray_session():
         yield
 
@@ -84,6 +85,8 @@ def test_every_unit_comes_back_once_with_its_own_score(tmp_path):
     pool = toy_pool(tmp_path)
     submit(pool, "plain", 20)
     scores = drain(pool, 20)
+    while pool.counts()["starting"]:
+        pool.wait()
     assert {sample: score.nll_sum for sample, score in scores.items()} == {s: float(s) for s in range(20)}
     assert {score.scorer for score in scores.values()} <= {"scorer-00", "scorer-01"}
     assert pool.counts() == {"starting": 0, "idle": 2, "busy": 0, "requeued": 0}

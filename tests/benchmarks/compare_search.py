@@ -32,6 +32,21 @@ VARIANTS: dict[str, dict] = {
     "local+shift": {"mutation": "local", "shift_probability": 0.2},
     "local+p0.1": {"mutation": "local", "mutation_probability": 0.1},
     "push+niche1": {"mutation": "push", "niche_size": 1},
+    "block": {"mutation": "block"},
+    "block+p0.1": {"mutation": "block", "mutation_probability": 0.1},
+    "block+uniform": {"mutation": "block", "mutation_probability": 0.1, "initial": "uniform"},
+    "push+uniform": {"mutation": "push", "initial": "uniform"},
+    "push+uniform+blend": {"mutation": "push", "initial": "uniform", "crossover": "blend"},
+    "push+uniform+p0.1": {"mutation": "push", "initial": "uniform", "mutation_probability": 0.1},
+    "sort+uniform": {"mutation": "sort", "initial": "uniform"},
+    "block0.3+uniform": {"mutation": "block", "initial": "uniform"},
+    "block+uniform+shift": {
+        "mutation": "block",
+        "initial": "uniform",
+        "mutation_probability": 0.1,
+        "shift_probability": 0.25,
+    },
+    "push+uniform+shift": {"mutation": "push", "initial": "uniform", "shift_probability": 0.25},
     "all dims": {"mutation": "local", "dimensions": "all"},
     "off": {"racing": "off"},
     "statistical": {"racing": "statistical"},
@@ -105,6 +120,7 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=240)
     parser.add_argument("--iterations", type=int, help="compare whole searches of this many generations instead")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     args, overrides = parser.parse_known_args()
     prepared = driver.prepare(load_recipe(args.recipe, overrides))
@@ -112,7 +128,11 @@ def main() -> None:
     with driver.ray_session():
         runners = [Runner.remote(prepared) for _ in range(int(ray.cluster_resources()["CPU"]))]
         pool = ray.util.ActorPool(runners)
-        work = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+        work = [
+            (variant, seed)
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
+            for variant in args.variants
+        ]
         rows = []
         for row in pool.map_unordered(lambda a, w: a.search.remote(*w, units, args.iterations), work):
             rows.append(row)
