@@ -404,9 +404,11 @@ class Evolution:
         return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
 
     def _draw(self, parent: Candidate, rng: np.random.Generator) -> Candidate:
-        """A tail drawn uniformly from the monotone box of the parent's critical dimension."""
+        """[ours] A tail drawn uniformly from the monotone box of the parent's critical dimension: most rise steadily,
+        as good ones do, which mutants of a constant tail come to late."""
         tail = np.sort(rng.uniform(*self.space.tail_bounds, len(parent.tail)))
-        return Candidate(parent.critical_dim, tuple(map(float, tail)), parent.attention_factor, parent.id)
+        attention = float(rng.uniform(*self.space.attention_bounds))
+        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id)
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)

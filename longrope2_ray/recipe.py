@@ -69,18 +69,18 @@ class SearchSection(Section):
     )
     population_size: Positive = Field(64, description="Candidates in the initial population, P.")
     iterations: int = Field(40, ge=0, description="Generations after the initial one.")
-    top_k: Positive = Field(32, description="Survivors of each generation.")
+    top_k: Positive = Field(12, description="Survivors of each generation.")
     num_children: Positive = Field(32, description="New candidates a generation.")
     mutation: Literal["block", "push", "sort", "local", "neighbours", "authors", "random"] = Field(
         "push", description="How a tail changes: see evolution.MUTATIONS."
     )
     initial: Literal["mutants", "uniform"] = Field(
-        "mutants", description="What fills the population beside one constant tail for each critical dimension."
+        "uniform", description="What fills the population beside one constant tail for each critical dimension."
     )
     mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
     mutation_step: float = Field(0.25, gt=0, le=1, description="Step of 'local' in widths of the tail's bounds.")
     shift_probability: float = Field(
-        0.0, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
+        0.25, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
     )
     crossover: Literal["none", "blend", "authors"] = Field("none", description="How two parents make a child.")
     crossover_share: float = Field(0.5, ge=0, le=1, description="Share of children made by crossover, if any.")
@@ -110,7 +110,10 @@ class SearchSection(Section):
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            return {**PRESETS.get(str(data.get("preset", "default")), {}), **data}
+            preset = dict(PRESETS.get(str(data.get("preset", "default")), {}))
+            if "top_k" not in data and "top_k" in preset and isinstance(size := data.get("population_size"), int):
+                preset["top_k"] = min(preset["top_k"], size)
+            return {**preset, **data}
         return data
 
     @model_validator(mode="after")
@@ -129,12 +132,14 @@ class SearchSection(Section):
         return self
 
 
-# What each preset changes. "paper" is Alg. 2 read literally, "authors" the operators of their code; numbers as in App. B.
+# What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured to be best, "paper" is
+# Alg. 2 read literally, "authors" has the operators of their code, "random" forgets its parents.
+_PLAIN = {"top_k": 32, "initial": "mutants", "shift_probability": 0.0, "niche_size": 0, "crossover": "none"}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"mutation": "neighbours", "niche_size": 0, "crossover": "none"},
-    "authors": {"mutation": "authors", "niche_size": 0, "crossover": "authors"},
-    "random": {"mutation": "random", "niche_size": 0, "crossover": "none"},
+    "paper": {**_PLAIN, "mutation": "neighbours"},
+    "authors": {**_PLAIN, "mutation": "authors", "crossover": "authors"},
+    "random": {**_PLAIN, "mutation": "random"},
 }
 
 

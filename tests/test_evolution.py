@@ -420,23 +420,33 @@ def test_a_fixed_attention_factor_is_the_same_number_everywhere() -> None:
 
 
 def test_shifting_moves_critical_dims_by_one_inside_the_space() -> None:
-    search = evolution(shift_probability=1.0, population_size=64, critical_dims=(3, 7))
+    search = evolution(shift_probability=1.0, initial="mutants", population_size=64, critical_dims=(3, 7))
     by_id = {c.id: c for c in search.ask()}
     moves = {c.critical_dim - by_id[c.parent_id].critical_dim for c in search.ask() if c.parent_id}
     assert {-1, 1} <= moves <= {-1, 0, 1}
 
 
 def test_without_shifting_a_child_keeps_its_parents_critical_dim() -> None:
-    search = evolution(population_size=40)
+    search = evolution(shift_probability=0.0, initial="mutants", population_size=40)
     by_id = {c.id: c for c in search.ask()}
     assert all(c.critical_dim == by_id[c.parent_id].critical_dim for c in search.ask() if c.parent_id)
 
 
 def test_random_search_draws_every_candidate_apart_from_its_parent() -> None:
     """Under a searched attention factor too: a random search has no memory."""
-    search = evolution(mutation="random", attention_factor="search", population_size=200, seed=3)
+    search = evolution(mutation="random", attention_factor="search", initial="mutants", population_size=200, seed=3)
     dims = {c.critical_dim for c in search.ask()}
     children = [c for c in search.ask() if c.parent_id]
     assert dims == set(search.space.critical_dims)
     parents = {c.attention_factor for c in search.ask() if not c.parent_id}
     assert len({c.attention_factor for c in children} - parents) == len(children)
+
+
+def test_a_uniform_population_keeps_one_constant_tail_for_each_critical_dim_and_draws_the_rest() -> None:
+    search = evolution(initial="uniform", population_size=40)
+    constant = [c for c in search.ask() if len(set(c.tail)) == 1]
+    assert [c.critical_dim for c in constant] == list(search.space.critical_dims)
+    low, high = search.space.tail_bounds
+    drawn = [c for c in search.ask() if c.parent_id]
+    assert len(drawn) == 40 - len(constant)
+    assert all(low <= c.tail[0] < c.tail[-1] <= high for c in drawn)

@@ -202,7 +202,7 @@ def test_winner_json_holds_the_vector_and_the_table_and_no_time() -> None:
     assert factors.critical_dim == winner["critical_dim"] in range(3, 8)
     assert factors.monotone
     assert winner["theoretical_critical_dim"] == GEOMETRY.theoretical_critical_dim
-    assert [row["method"] for row in winner["report"]] == ["unscaled", "pi", "ntk", "yarn", "longrope2"]
+    assert [row["method"] for row in winner["report"]] == ["unscaled", "pi", "ntk", "llama3", "yarn", "longrope2"]
     assert {row["length"] for row in winner["report"]} == {TARGET_LENGTH}
     assert all(len(row["nll_per_sample"]) == NUM_SAMPLES for row in winner["report"])
     assert not re.search(r"second|time|started|elapsed|scorer", text)
@@ -215,7 +215,7 @@ def test_tables_compare_all_methods_at_each_attention_factor_but_unscaled_at_one
     assert list(dict.fromkeys(row["compared_at"] for row in winner["report"])) == pytest.approx(
         [1.0, math.sqrt(1.25), 1.05]
     )
-    assert len(winner["report"]) == 3 * 5
+    assert len(winner["report"]) == 3 * 6
     for row in winner["report"]:
         assert row["attention_factor"] == (1.0 if row["method"] == "unscaled" else row["compared_at"])
 
