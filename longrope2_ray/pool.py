@@ -7,6 +7,7 @@ what an autoscaler sees.
 import logging
 import math
 import os
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -231,7 +232,7 @@ class ScorerPool:
         Raises:
             StoppedError: if the failure will not mend.
         """
-        message = message.strip().splitlines()[-1]
+        message = textwrap.shorten(message.strip().splitlines()[-1], 240)
         if unit is None:
             self._failed_starts += kind == "raised"  # a node that went away while starting is no failed start
             attempts = self._failed_starts

@@ -16,7 +16,7 @@ from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.pool import Decision, ScorerPool, capacity, decide, scorer_resources
 from longrope2_ray.recipe import ScorerSection, StoppedError, load_recipe
 from longrope2_ray.rundir import RunDir, Score
-from longrope2_ray.search import Status, Unit
+from longrope2_ray.search import SearchRun, Status, Unit
 
 ROOT = Path(__file__).parent.parent
 ONES = RescaleFactors([1.0, 1.0])
@@ -163,12 +163,12 @@ def test_capacity_counts_whole_scorers():
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2, "GPU": 8}) == {"CPU": 1, "GPU": 1}
 
 
-def debug_run(run_dir: Path, *overrides: str, observers=()) -> bytes:
+def debug_run(run_dir: Path, *overrides: str) -> bytes:
     """The debug recipe on the real model; the bytes of its winner."""
     prepared = driver.prepare(load_recipe("debug", overrides))
     place = RunDir(str(run_dir))
     driver.open_run(prepared, place)
-    driver.run_search(prepared, place, observers)
+    driver.run_search(prepared, place, ())
     return (run_dir / "winner.json").read_bytes()
 
 
@@ -183,19 +183,28 @@ def test_one_scorer_and_no_racing_give_the_same_bytes_as_two_with_racing(tmp_pat
 
 
 def test_kill_9_of_a_scorer_costs_its_unit_and_not_the_run(tmp_path, undisturbed):
+    prepared = driver.prepare(load_recipe("debug", ["--scorer.num-scorers", "2"]))
+    place = RunDir(str(tmp_path / "run"))
+    driver.open_run(prepared, place)
     killed: list[str] = []
     requeued: list[int] = []
+    with driver.scorer_pool(prepared) as pool:
 
-    def kill_one(status: Status, event: str) -> None:
-        requeued.append(status.scorers.get("requeued", 0))
-        if not killed and status.units_done >= 5:
-            children = subprocess.run(["pgrep", "-f", "ray::Scorer"], capture_output=True, text=True, check=True)
-            killed.append(children.stdout.split()[0])
-            os.kill(int(killed[0]), signal.SIGKILL)
+        def kill_one(status: Status, event: str) -> None:
+            requeued.append(status.scorers.get("requeued", 0))
+            if not killed and status.units_done >= 5:
+                name, process = sorted(pool.process_ids().items())[0]
+                os.kill(process, signal.SIGKILL)
+                killed.append(name)
 
-    assert debug_run(tmp_path / "run", "--scorer.num-scorers", "2", observers=[kill_one]) == undisturbed
-    assert killed
-    assert max(requeued) == 1
+        SearchRun(
+            prepared.recipe, prepared.spec.geometry, prepared.num_tokens, place, pool, prepared.fingerprints, [kill_one]
+        ).run()
+        names = set(pool.process_ids())
+    assert (tmp_path / "run" / "winner.json").read_bytes() == undisturbed
+    assert len(killed) == 1
+    assert killed[0] not in names, "the dead scorer was not replaced"
+    assert max(requeued) <= 1, "more than the unit in flight was lost"
 
 
 def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(tmp_path, undisturbed):
