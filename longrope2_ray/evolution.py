@@ -200,11 +200,6 @@ def mutate_authors(tail: np.ndarray, at: MutationContext) -> np.ndarray:
     return np.clip(np.maximum.accumulate(tail), at.low, at.high)
 
 
-def mutate_random(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """Random search: forget the parent, draw the whole tail uniformly from the monotone box."""
-    return np.sort(at.rng.uniform(at.low, at.high, len(tail)))
-
-
 MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
     "push": mutate_push,
     "sort": mutate_sort,
@@ -212,7 +207,6 @@ MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
     "block": mutate_block,
     "neighbours": mutate_neighbours,
     "authors": mutate_authors,
-    "random": mutate_random,
 }
 
 
@@ -356,13 +350,19 @@ class Evolution:
         for seed in seeds:
             self._seen.add(seed.id)
             yield seed
-        make = self._draw if self.settings.initial == "uniform" else self._mutate
-        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, make)
+
+        def fill(seed: Candidate, rng: np.random.Generator) -> Candidate:
+            uniform = self.settings.initial == "uniform"
+            return self._draw(seed.critical_dim, rng) if uniform else self._mutate(seed, rng)
+
+        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill)
 
     def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Candidate]:
         """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
 
         def child(parent: Candidate, rng: np.random.Generator) -> Candidate:
+            if rng.random() < self.settings.immigrants:
+                return self._draw(int(rng.choice(self.space.critical_dims)), rng)
             if self.settings.crossover != "none" and rng.random() < self.settings.crossover_share:
                 mates = [c for c in survivors if c.critical_dim == parent.critical_dim and c.id != parent.id]
                 if mates:
@@ -393,9 +393,8 @@ class Evolution:
         (low, high), settings = self.space.tail_bounds, self.settings
         tail, dim = np.array(parent.tail), parent.critical_dim
         if settings.mutation == "random":
-            dim = int(rng.choice(self.space.critical_dims))
-            tail = np.full(self.space.num_cosines - dim, low)
-        elif rng.random() < settings.shift_probability:
+            return self._draw(int(rng.choice(self.space.critical_dims)), rng)
+        if rng.random() < settings.shift_probability:
             dim = int(np.clip(dim + rng.choice((-1, 1)), self.space.critical_dims[0], self.space.critical_dims[-1]))
             grown = np.concatenate([np.full(max(parent.critical_dim - dim, 0), tail[0]), tail])
             tail = grown[len(grown) - (self.space.num_cosines - dim) :]
@@ -403,12 +402,11 @@ class Evolution:
         tail = MUTATIONS[settings.mutation](tail, context)
         return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
 
-    def _draw(self, parent: Candidate, rng: np.random.Generator) -> Candidate:
-        """[ours] A tail drawn uniformly from the monotone box of the parent's critical dimension: most rise steadily,
-        as good ones do, which mutants of a constant tail come to late."""
-        tail = np.sort(rng.uniform(*self.space.tail_bounds, len(parent.tail)))
-        attention = float(rng.uniform(*self.space.attention_bounds))
-        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id)
+    def _draw(self, dim: int, rng: np.random.Generator) -> Candidate:
+        """[ours] A tail drawn uniformly from the monotone box: most rise steadily, as good ones do, which mutants of a
+        constant tail come to late."""
+        tail = np.sort(rng.uniform(*self.space.tail_bounds, self.space.num_cosines - dim))
+        return Candidate(dim, tuple(map(float, tail)), float(rng.uniform(*self.space.attention_bounds)))
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)

@@ -82,6 +82,12 @@ class SearchSection(Section):
     shift_probability: float = Field(
         0.25, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
     )
+    immigrants: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of children drawn anew from the whole space; the poor ones are raced out soon.",
+    )
     crossover: Literal["none", "blend", "authors"] = Field("none", description="How two parents make a child.")
     crossover_share: float = Field(0.5, ge=0, le=1, description="Share of children made by crossover, if any.")
     niche_size: int = Field(
@@ -134,7 +140,14 @@ class SearchSection(Section):
 
 # What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured to be best, "paper" is
 # Alg. 2 read literally, "authors" has the operators of their code, "random" forgets its parents.
-_PLAIN = {"top_k": 32, "initial": "mutants", "shift_probability": 0.0, "niche_size": 0, "crossover": "none"}
+_PLAIN = {
+    "top_k": 32,
+    "initial": "mutants",
+    "shift_probability": 0.0,
+    "immigrants": 0.0,
+    "niche_size": 0,
+    "crossover": "none",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {**_PLAIN, "mutation": "neighbours"},

@@ -20,7 +20,7 @@ from longrope2_ray.racing import Race
 from longrope2_ray.recipe import load_recipe
 from longrope2_ray.search import SEARCH_SET, perplexity, report_set
 
-PLAIN = {"initial": "mutants", "shift_probability": 0.0}
+PLAIN = {"initial": "mutants", "shift_probability": 0.0, "immigrants": 0.0}
 VARIANTS: dict[str, dict] = {
     "default": {},
     "random": {"preset": "random"},
@@ -33,10 +33,13 @@ VARIANTS: dict[str, dict] = {
     "local+niche1": {**PLAIN, "mutation": "local", "niche_size": 1},
     "local+blend": {**PLAIN, "mutation": "local", "crossover": "blend"},
     "local+shift": {**PLAIN, "mutation": "local", "shift_probability": 0.2},
-    "push+uniform": {"shift_probability": 0.0},
-    "sort+uniform": {"mutation": "sort", "shift_probability": 0.0},
-    "block+uniform": {"mutation": "block", "mutation_probability": 0.1, "shift_probability": 0.0},
-    "block+uniform+shift": {"mutation": "block", "mutation_probability": 0.1},
+    "push+uniform": {"shift_probability": 0.0, "immigrants": 0.0},
+    "sort+uniform": {"mutation": "sort", "shift_probability": 0.0, "immigrants": 0.0},
+    "block+uniform": {"mutation": "block", "mutation_probability": 0.1, "shift_probability": 0.0, "immigrants": 0.0},
+    "block+uniform+shift": {"mutation": "block", "mutation_probability": 0.1, "immigrants": 0.0},
+    "no immigrants": {"immigrants": 0.0},
+    "block+immigrants": {"mutation": "block", "mutation_probability": 0.1},
+    "local+immigrants": {"mutation": "local"},
     "default+niche1": {"niche_size": 1},
     "default+blend": {"crossover": "blend"},
     "all dims": {"dimensions": "all"},
