@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from longrope2_ray.evolution import Evolution, SearchSpace
 from longrope2_ray.recipe import Recipe
 from longrope2_ray.rope import RopeGeometry
+from longrope2_ray.search import report_units
 
 
 class Shape(Protocol):
@@ -117,10 +118,9 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
     most = candidates * recipe.needles.num_samples
     likely = most if search.racing == "off" else round(most * (1 - RACED_OUT))
     lengths = report.lengths or [search.target_length]
-    rows = len(report.methods) * max(1, len(report.attention_factors))
-    report_passes = len(lengths) * rows * report.num_samples
+    report_passes = report_units(recipe)
     flops = pass_flops(shape, search.target_length)
-    report_flops = sum(pass_flops(shape, length)["total"] for length in lengths) * rows * report.num_samples
+    report_flops = sum(pass_flops(shape, length)["total"] for length in lengths) * report_passes / len(lengths)
     memory = scorer_memory_bytes(shape, recipe)
     gib = memory["total"] / 2**30
     gpus = max(1.0, recipe.scorer.gpus_per_scorer)

@@ -87,6 +87,13 @@ def perplexity(nll_sum: float, num_tokens: int) -> float | None:
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else None
 
 
+def report_units(recipe: Recipe) -> int:
+    """How many units the tables take at most."""
+    report = recipe.report
+    rows = max(1, len(report.lengths)) * len(report.methods) * max(1, len(report.attention_factors))
+    return rows * report.num_samples
+
+
 def content_id(factors: RescaleFactors) -> str:
     """Key of a vector that is no candidate in the ledger: its content, so that equal vectors share their scores."""
     return Candidate(0, tuple(factors.values.tolist()), factors.attention_factor).id
@@ -203,7 +210,7 @@ class SearchRun:
             generation = self._evolution.generation.index
             left = race.num_units_left + (search.iterations - generation) * search.num_children * samples
             left *= 1 - self.status.units_raced_out / max(self.status.units_raced_out + self.status.units_done, 1)
-            left += len(self._comparisons(None)) * self._recipe.report.num_samples
+            left += report_units(self._recipe)
         return left * self.status.elapsed_seconds / self._units_here
 
     def _tell_observer(self, event: str) -> None:
@@ -235,21 +242,18 @@ class SearchRun:
 
     # --- the result
 
-    def _comparisons(self, winner: Candidate | None) -> list[tuple[int, float, str, RescaleFactors | None]]:
-        """(length, attention factor, method, vector) of every row of the tables; no winner, no vectors: only to count."""
+    def _comparisons(self, winner: Candidate) -> list[tuple[int, float, str, RescaleFactors]]:
+        """(length, attention factor, method, vector) of every row of the tables."""
         recipe, geometry = self._recipe, self._geometry
         target, report = recipe.search.target_length, recipe.report
         ratio, original = target / geometry.original_length, geometry.original_length
-        own = winner.attention_factor if winner else 1.0
-        rows: list[tuple[int, float, str, RescaleFactors | None]] = []
+        own = winner.attention_factor
+        rows = []
         for length in report.lengths or [target]:
             settings = report.attention_factors or [own]
             numbers = [attention_factor(s, ratio, original) for s in settings]
             for factor in dict.fromkeys(own if n is None else n for n in numbers):
                 for method in report.methods:
-                    if winner is None:
-                        rows.append((length, factor, method, None))
-                        continue
                     if method == "longrope2":
                         values = winner.factors.values
                         vector = RescaleFactors(values, factor, winner.critical_dim, f"winner {winner.id}")
@@ -271,7 +275,7 @@ class SearchRun:
         rows = self._comparisons(best)
         off = SearchSection.model_validate({**search.model_dump(), "racing": "off"})
         for length in dict.fromkeys(row[0] for row in rows):
-            vectors = {content_id(v): v for at, _, method, v in rows if at == length and v is not None}
+            vectors = {content_id(v): v for at, _, _, v in rows if at == length}
             name = report_set(length)
             dims = dict.fromkeys(vectors, 0)
             self._score(Race(dims, list(vectors), {}, len(self._num_tokens[name]), off), vectors, name)
@@ -285,7 +289,6 @@ class SearchRun:
                 **self._summary(content_id(vector), report_set(length)),
             }
             for length, factor, method, vector in rows
-            if vector is not None
         ]
         return {
             "method": "longrope2",
