@@ -5,9 +5,11 @@ python -m pytest -m long tests/test_job.py
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,12 +27,14 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path):
+def head():
     """A Ray head of its own; only its own processes are stopped after."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: paths of sockets may have 107 bytes
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--temp-dir={tmp_path / 'r'}", "--disable-usage-stats",
+        f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+        f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
@@ -43,6 +47,7 @@ def head(tmp_path):
     yield address
     process.terminate()
     process.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.long
