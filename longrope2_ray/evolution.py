@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from longrope2_ray.baselines import su_attention_factor, yarn_attention_factor
+from longrope2_ray.baselines import baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.factors import RescaleFactors, assemble
 from longrope2_ray.recipe import AttentionFactor, SearchSection, StoppedError
 from longrope2_ray.rope import RopeGeometry
@@ -59,12 +59,14 @@ class SearchSpace:
         critical_dims: allowed ``d_rcd``, ascending; ``(0,)`` if every dimension is searched.
         tail_bounds: lowest and highest factor of a tail.
         attention_bounds: lowest and highest attention factor; equal if it is not searched.
+        starts: whole vectors that the search starts from, where every dimension is searched (LongRoPE).
     """
 
     num_cosines: int
     critical_dims: tuple[int, ...]
     tail_bounds: tuple[float, float]
     attention_bounds: tuple[float, float]
+    starts: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def from_recipe(cls, geometry: RopeGeometry, search: SearchSection) -> "SearchSpace":
@@ -86,8 +88,11 @@ class SearchSpace:
             )
         low, high = (bound * ratio for bound in search.tail_bounds)
         dims = tuple(range(first, last + 1))
+        starts: tuple[tuple[float, ...], ...] = ()
         if search.dimensions == "all":
             dims, low = (0,), 1.0
+            vectors = [baseline(method, geometry, search.target_length).values for method in ("pi", "ntk", "yarn")]
+            starts = tuple(tuple(np.clip(values, low, high).tolist()) for values in vectors)
         if low < 1 or high < low:
             raise ValueError(
                 f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
@@ -97,7 +102,7 @@ class SearchSpace:
         fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
         # [ours] a searched temperature may go twice as far from one as the strongest published rule
         attention = (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
-        return cls(geometry.num_cosines, dims, (low, high), attention)
+        return cls(geometry.num_cosines, dims, (low, high), attention, starts)
 
 
 def attention_factor(setting: AttentionFactor, ratio: float, original_length: int) -> float | None:
@@ -280,11 +285,13 @@ class Evolution:
         Raises:
             ValueError: if the population cannot hold one candidate for each critical dimension.
         """
-        if settings.population_size < len(space.critical_dims):
+        dims = space.critical_dims
+        needed = len(space.starts or dims)
+        if settings.population_size < needed:
+            each = f"one candidate for each critical dimension {dims[0]} ... {dims[-1]} (search.critical_dims)"
             raise ValueError(
-                f"search.population_size: expected at least {len(space.critical_dims)}, one candidate for each critical "
-                f"dimension {space.critical_dims[0]} ... {space.critical_dims[-1]}, got {settings.population_size}; "
-                f"or set search.critical_dims"
+                f"search.population_size: expected at least {needed}, {'PI, NTK and YaRN' if space.starts else each}, "
+                f"got {settings.population_size}"
             )
         self.space, self.settings = space, settings
         self._seen: set[str] = set()
@@ -341,12 +348,10 @@ class Evolution:
 
     def _initial_population(self) -> Iterator[Candidate]:
         """Alg. 1: a constant random tail for every critical dimension, then mutants until there are P."""
-        rng, (low, high) = self._rng(0), self.space.tail_bounds
-        seeds = []
-        for dim in self.space.critical_dims:  # Alg. 1, line 3
-            factor = float(rng.uniform(low, high))  # Alg. 1, line 4
-            tail = (factor,) * (self.space.num_cosines - dim)
-            seeds.append(Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))))
+        rng = self._rng(0)
+        seeds = [
+            Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))) for dim, tail in self._starts(rng)
+        ]
         for seed in seeds:
             self._seen.add(seed.id)
             yield seed
@@ -356,6 +361,13 @@ class Evolution:
             return self._draw(seed.critical_dim, rng) if uniform else self._mutate(seed, rng)
 
         yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill)
+
+    def _starts(self, rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, ...]]]:
+        """Critical dimensions and tails that the population grows from."""
+        yield from ((0, start) for start in self.space.starts)
+        for dim in () if self.space.starts else self.space.critical_dims:  # Alg. 1, line 3
+            factor = float(rng.uniform(*self.space.tail_bounds))  # Alg. 1, line 4
+            yield dim, (factor,) * (self.space.num_cosines - dim)
 
     def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Candidate]:
         """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""

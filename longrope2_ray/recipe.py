@@ -63,9 +63,10 @@ class ModelSection(Section):
 
 class SearchSection(Section):
     target_length: Positive = Field(description="Target window L in tokens, above the original one.")
-    preset: Literal["default", "paper", "authors", "random"] = Field(
+    preset: Literal["default", "paper", "authors", "longrope", "random"] = Field(
         "default",
-        description="Defaults of the fields below: measured best, the paper's, the authors' code, random search.",
+        description="Defaults of the fields below: measured best, the paper's, the authors' code, the first LongRoPE's "
+        "search over every dimension from PI, NTK and YaRN, random search.",
     )
     population_size: Positive = Field(64, description="Candidates in the initial population, P.")
     iterations: int = Field(40, ge=0, description="Generations after the initial one.")
@@ -100,7 +101,8 @@ class SearchSection(Section):
         None, description="First and last critical dimension (cosine index) tried; d_10 ... d_tcd unless given."
     )
     dimensions: Literal["tail", "all"] = Field(
-        "tail", description="Search the tail beyond the critical dimension, or every dimension (Table 10's ablation)."
+        "tail",
+        description="Search the tail beyond the critical dimension, or every dimension (Table 10's ablation, LongRoPE).",
     )
     attention_factor: AttentionFactor = Field(
         1.0, description="Temperature during the search: a number, su, yarn, or search to find it with the factors."
@@ -139,7 +141,8 @@ class SearchSection(Section):
 
 
 # What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured to be best, "paper" is
-# Alg. 2 read literally, "authors" has the operators of their code, "random" forgets its parents.
+# Alg. 2 read literally, "authors" has the operators of their code, "longrope" is the first paper's search, "random" forgets
+# its parents.
 _PLAIN = {
     "top_k": 32,
     "initial": "mutants",
@@ -152,6 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {**_PLAIN, "mutation": "neighbours"},
     "authors": {**_PLAIN, "mutation": "authors", "crossover": "authors"},
+    "longrope": {**_PLAIN, "dimensions": "all", "mutation": "push", "crossover": "authors"},
     "random": {**_PLAIN, "mutation": "random"},
 }
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import GEOMETRY, TARGET_LENGTH
 
-from longrope2_ray.baselines import su_attention_factor, yarn_attention_factor
+from longrope2_ray.baselines import baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.evolution import (
     CROSSOVERS,
     MUTATIONS,
@@ -103,6 +103,15 @@ def test_all_dimensions_are_one_tail_from_one_on() -> None:
     assert (space.critical_dims, space.tail_bounds) == ((0,), (1.0, 2 * RATIO))
     for candidate in evolution(dimensions="all").ask():
         assert len(candidate.tail) == len(candidate.factors.values) == GEOMETRY.num_cosines
+
+
+def test_searching_all_dimensions_starts_from_the_published_methods() -> None:
+    first = evolution(preset="longrope").ask()[:3]
+    for candidate, method in zip(first, ("pi", "ntk", "yarn"), strict=True):
+        published = baseline(method, GEOMETRY, int(GEOMETRY.original_length * RATIO)).values
+        assert list(candidate.tail) == np.clip(published, 1, 2 * RATIO).tolist()  # NTK ends above the space
+    with pytest.raises(ValueError, match=r"^search.population_size: expected at least 3, PI, NTK and YaRN, got 2"):
+        evolution(preset="longrope", population_size=2, top_k=2)
 
 
 @pytest.mark.parametrize("dims", [(1, 16), (16, 20), (3, 100)])
@@ -388,7 +397,7 @@ def test_an_exhausted_space_ends_the_search_with_what_it_has() -> None:
 
 
 def test_a_population_smaller_than_the_critical_dims_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^search.population_size: expected at least 5, .*3 \.\.\. 7, got 4"):
+    with pytest.raises(ValueError, match=r"^search.population_size: expected at least 5, .*3 \.\.\. 7 .*, got 4"):
         evolution(population_size=4)
     assert len(evolution(population_size=5).ask()) == 5
 
