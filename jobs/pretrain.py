@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longrope2_ray.needles import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
 from longrope2_ray.text import load_books
@@ -54,8 +54,8 @@ def seen_in_training(key: str) -> bool:
 class Documents:
     """Rows of exactly ``window`` tokens with the weight of each token in the loss."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int, seed: int):
-        self.tokenizer, self.window = tokenizer, window
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int, full_share: float, seed: int):
+        self.tokenizer, self.window, self.full_share = tokenizer, window, full_share
         self.rng = random.Random(seed)
         pieces = [text[i : i + 200_000] for text in texts for i in range(0, len(text), 200_000)]
         ids = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
@@ -128,7 +128,7 @@ class Documents:
             kind = self.rng.random()
             if kind < 0.15:
                 made.append(self.plain(self.window))
-            elif kind < 0.55:
+            elif kind < 0.15 + self.full_share:
                 made.append(self.retrieval(self.window))
             else:
                 made.append(self.packed())
@@ -138,7 +138,15 @@ class Documents:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--init", help="go on with this model and tokenizer instead of new ones")
+    parser.add_argument("--copying-steps", type=int, default=667, help="steps over which copying sequences fade out")
+    parser.add_argument(
+        "--full-share",
+        type=float,
+        default=0.08,
+        help="share of retrieval documents as long as the window; rare, as long dependencies are in real pre-training",
+    )
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -153,8 +161,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     texts = [book.text for book in load_books([str(TEXT)])]
-    tokenizer = train_tokenizer(texts, args.vocab)
-    documents = Documents(tokenizer, texts, args.window, args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else train_tokenizer(texts, args.vocab)
+    documents = Documents(tokenizer, texts, args.window, args.full_share, args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -169,7 +177,7 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM.from_pretrained(args.init) if args.init else LlamaForCausalLM(config)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -183,7 +191,8 @@ def main() -> None:
         rate = min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
-        ids, weights = documents.batch(args.batch, copying=0.7 * max(0.0, 1 - 3 * progress))
+        copying = 0.7 * (1 - step / args.copying_steps) if step < args.copying_steps else 0.0
+        ids, weights = documents.batch(args.batch, copying=copying)
         losses = token_losses(model, ids)
         target_weights = weights[:, 1:].flatten()
         loss = (losses * target_weights).sum() / target_weights.sum()
@@ -197,7 +206,7 @@ def main() -> None:
             seconds = time.time() - began
             print(json.dumps({"step": step, "loss": round(loss.item(), 4), "answer_loss": round(answer_loss, 4),
                               "seconds": round(seconds)}), flush=True)  # fmt: skip
-        if step % 500 == 499:
+        if step % 250 == 249:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)
 

@@ -215,6 +215,20 @@ MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
 }
 
 
+def shift_tail(tail: np.ndarray, dim: int, moved: int, low: float, high: float) -> np.ndarray:
+    """[ours] The tail from critical dimension ``moved`` on instead of ``dim``, under the same NTK head if bounds allow.
+
+    The head follows from the tail's first entry alone, and a model feels it more than any entry beyond.
+    """
+    if moved == dim:
+        return tail
+    head = float(np.clip(tail[0] ** (moved / dim), low, high))  # where the present head is, or would be, at ``moved``
+    kept = tail[max(moved - dim, 0) :]
+    shifted = np.concatenate([np.full(max(dim - moved, 0), head), np.maximum(kept, head)])
+    shifted[0] = head
+    return shifted
+
+
 def cross_blend(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random point between two tails; non-decreasing, since both are."""
     weight = rng.uniform()
@@ -357,8 +371,8 @@ class Evolution:
             yield seed
 
         def fill(seed: Candidate, rng: np.random.Generator) -> Candidate:
-            uniform = self.settings.initial == "uniform"
-            return self._draw(seed.critical_dim, rng) if uniform else self._mutate(seed, rng)
+            mutants = self.settings.initial == "mutants"
+            return self._mutate(seed, rng) if mutants else self._draw(seed.critical_dim, rng)
 
         yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill)
 
@@ -407,17 +421,22 @@ class Evolution:
         if settings.mutation == "random":
             return self._draw(int(rng.choice(self.space.critical_dims)), rng)
         if rng.random() < settings.shift_probability:
-            dim = int(np.clip(dim + rng.choice((-1, 1)), self.space.critical_dims[0], self.space.critical_dims[-1]))
-            grown = np.concatenate([np.full(max(parent.critical_dim - dim, 0), tail[0]), tail])
-            tail = grown[len(grown) - (self.space.num_cosines - dim) :]
+            moved = int(np.clip(dim + rng.choice((-1, 1)), self.space.critical_dims[0], self.space.critical_dims[-1]))
+            dim, tail = moved, shift_tail(tail, dim, moved, low, high)
         context = MutationContext(low, high, settings.mutation_probability, settings.mutation_step, rng)
         tail = MUTATIONS[settings.mutation](tail, context)
         return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
 
     def _draw(self, dim: int, rng: np.random.Generator) -> Candidate:
-        """[ours] A tail drawn uniformly from the monotone box: most rise steadily, as good ones do, which mutants of a
-        constant tail come to late."""
-        tail = np.sort(rng.uniform(*self.space.tail_bounds, self.space.num_cosines - dim))
+        """[ours] A tail of the monotone box: uniform, or in one to four steps. Uniform ones all rise alike, near a
+        straight line; steps also reach the tails that stay low and then jump."""
+        size = self.space.num_cosines - dim
+        if self.settings.initial == "steps":
+            levels = np.sort(rng.uniform(*self.space.tail_bounds, rng.integers(1, 5)))
+            cuts = np.sort(rng.integers(0, size + 1, len(levels) - 1))
+            tail = np.repeat(levels, np.diff([0, *cuts, size]))
+        else:
+            tail = np.sort(rng.uniform(*self.space.tail_bounds, size))
         return Candidate(dim, tuple(map(float, tail)), float(rng.uniform(*self.space.attention_bounds)))
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:

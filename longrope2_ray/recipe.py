@@ -75,8 +75,10 @@ class SearchSection(Section):
     mutation: Literal["block", "push", "sort", "local", "neighbours", "authors", "random"] = Field(
         "push", description="How a tail changes: see evolution.MUTATIONS."
     )
-    initial: Literal["mutants", "uniform"] = Field(
-        "uniform", description="What fills the population beside one constant tail for each critical dimension."
+    initial: Literal["mutants", "uniform", "steps"] = Field(
+        "steps",
+        description="What fills the population beside one constant tail for each critical dimension: their mutants, "
+        "tails drawn uniformly, or tails of one to four steps.",
     )
     mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
     mutation_step: float = Field(0.25, gt=0, le=1, description="Step of 'local' in widths of the tail's bounds.")
@@ -84,10 +86,7 @@ class SearchSection(Section):
         0.25, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
     )
     immigrants: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Share of children drawn anew from the whole space; the poor ones are raced out soon.",
+        0.0, ge=0, le=1, description="Share of children drawn anew from the whole space, as the initial ones."
     )
     crossover: Literal["none", "blend", "authors"] = Field("none", description="How two parents make a child.")
     crossover_share: float = Field(0.5, ge=0, le=1, description="Share of children made by crossover, if any.")

@@ -17,7 +17,9 @@ from longrope2_ray.evolution import (
     SearchSpace,
     attention_factor,
     select,
+    shift_tail,
 )
+from longrope2_ray.factors import assemble
 from longrope2_ray.recipe import SearchSection
 
 RATIO = TARGET_LENGTH / GEOMETRY.original_length
@@ -268,6 +270,7 @@ OPERATORS = st.fixed_dictionaries(
         "attention_factor": st.sampled_from([1.0, "su", "yarn", "search"]),
         "shift_probability": st.sampled_from([0.0, 0.5, 1.0]),
         "niche_size": st.integers(0, 2),
+        "initial": st.sampled_from(["mutants", "uniform", "steps"]),
         "seed": st.integers(0, 1000),
     }
 )
@@ -427,6 +430,25 @@ def test_shifting_moves_critical_dims_by_one_inside_the_space() -> None:
     assert {-1, 1} <= moves <= {-1, 0, 1}
 
 
+@given(
+    tail=st.lists(st.floats(4, 8) | st.sampled_from([4.0, 8.0]), min_size=2, max_size=20).map(sorted).map(np.array),
+    dim=st.integers(2, 8),
+    step=st.integers(-1, 1),
+)
+def test_a_shifted_tail_keeps_the_ntk_head_and_stays_in_the_space(tail: np.ndarray, dim: int, step: int) -> None:
+    low, high = 4.0, 8.0
+    shifted = shift_tail(tail, dim, dim + step, low, high)
+    assert len(shifted) == len(tail) - step
+    assert np.all(np.diff(shifted) >= 0) and low <= shifted[0] and shifted[-1] <= high
+    before, after = (math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step)))  # slopes of the heads
+    assert after == pytest.approx(before) or shifted[0] in (low, high)
+
+
+def test_a_shift_down_to_where_the_head_is_inside_the_bounds_changes_no_factor() -> None:
+    tail = np.array([6.0, 6.5, 7.0])
+    assert assemble(4, shift_tail(tail, 5, 4, 4.0, 8.0)) == pytest.approx(assemble(5, tail))
+
+
 def test_without_shifting_a_child_keeps_its_parents_critical_dim() -> None:
     search = evolution(shift_probability=0.0, initial="mutants", population_size=40)
     by_id = {c.id: c for c in search.ask()}
@@ -453,6 +475,15 @@ def test_a_uniform_population_keeps_one_constant_tail_for_each_critical_dim_and_
     assert all(low <= c.tail[0] < c.tail[-1] <= high for c in drawn)
 
 
+def test_a_population_of_steps_has_few_levels_and_spans_the_space() -> None:
+    search = evolution(initial="steps", population_size=80)
+    low, high = search.space.tail_bounds
+    levels = {len(set(c.tail)) for c in search.ask()}
+    assert {1, 2, 3} <= levels <= {1, 2, 3, 4}
+    assert all(low <= c.tail[0] <= c.tail[-1] <= high for c in search.ask())
+    assert {c.critical_dim for c in search.ask()} == set(search.space.critical_dims)
+
+
 def told(**changes: object) -> Evolution:
     """A search whose first generation is told: the id decides, so that the best are spread over the space."""
     search = evolution(population_size=40, top_k=4, num_children=40, **changes)
@@ -470,6 +501,6 @@ def test_immigrants_come_from_everywhere_and_without_them_every_child_has_a_pare
 
 
 def test_random_search_and_a_search_of_immigrants_alone_draw_the_same_kind_of_candidates() -> None:
-    for search in (told(mutation="random", immigrants=0.0), told(immigrants=1.0)):
+    for search in (told(mutation="random", initial="uniform"), told(immigrants=1.0, initial="uniform")):
         low, high = search.space.tail_bounds
         assert all(low <= c.tail[0] < c.tail[-1] <= high and list(c.tail) == sorted(c.tail) for c in search.ask())

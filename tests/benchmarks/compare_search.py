@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict] = {
     "random": {"preset": "random"},
     "paper": {"preset": "paper"},
     "authors": {"preset": "authors"},
+    "longrope": {"preset": "longrope"},
     "push": {**PLAIN, "mutation": "push"},
     "sort": {**PLAIN, "mutation": "sort"},
     "local": {**PLAIN, "mutation": "local"},
@@ -42,6 +43,17 @@ VARIANTS: dict[str, dict] = {
     "local+immigrants": {"mutation": "local"},
     "default+niche1": {"niche_size": 1},
     "default+blend": {"crossover": "blend"},
+    "steps": {"initial": "steps"},
+    "steps+block": {"initial": "steps", "mutation": "block"},
+    "steps+local": {"initial": "steps", "mutation": "local"},
+    "steps, few immigrants": {"initial": "steps", "immigrants": 0.2},
+    "steps+block, few immigrants": {"initial": "steps", "mutation": "block", "immigrants": 0.2},
+    "steps+local, few immigrants": {"initial": "steps", "mutation": "local", "immigrants": 0.2},
+    "steps+local, no immigrants": {"initial": "steps", "mutation": "local", "immigrants": 0.0},
+    "steps, no shift, few": {"initial": "steps", "immigrants": 0.2, "shift_probability": 0.0},
+    "steps, no immigrants": {"initial": "steps", "immigrants": 0.0},
+    "steps, few, p 0.1": {"initial": "steps", "immigrants": 0.2, "mutation_probability": 0.1},
+    "random steps": {"preset": "random", "initial": "steps"},
     "all dims": {"dimensions": "all"},
     "racing off": {"racing": "off"},
     "statistical": {"racing": "statistical"},
@@ -63,7 +75,9 @@ class Runner:
     def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
         """Search until ``units`` are scored, or for ``iterations`` generations where that is given."""
         base = self.prepared.recipe.search
-        kept = {"target_length", "population_size", "top_k", "num_children", "attention_factor"}
+        kept = {
+            "target_length", "population_size", "top_k", "num_children", "attention_factor", "critical_dims", "tail_bounds"
+        }  # fmt: skip
         chosen = {k: v for k, v in base.model_dump().items() if k in kept}
         ends = 10_000 if iterations is None else iterations
         settings = type(base)(**{**chosen, "seed": seed, "iterations": ends, **VARIANTS[variant]})
