@@ -439,7 +439,8 @@ def test_a_shifted_tail_keeps_the_ntk_head_and_stays_in_the_space(tail: np.ndarr
     low, high = 4.0, 8.0
     shifted = shift_tail(tail, dim, dim + step, low, high)
     assert len(shifted) == len(tail) - step
-    assert np.all(np.diff(shifted) >= 0) and low <= shifted[0] and shifted[-1] <= high
+    assert np.all(np.diff(shifted) >= 0)
+    assert low <= shifted[0] <= shifted[-1] <= high
     before, after = (math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step)))  # slopes of the heads
     assert after == pytest.approx(before) or shifted[0] in (low, high)
 
