@@ -76,7 +76,7 @@ class SearchSection(Section):
         "push", description="How a tail changes: see evolution.MUTATIONS."
     )
     initial: Literal["mutants", "uniform", "steps"] = Field(
-        "steps",
+        "uniform",
         description="What fills the population beside one constant tail for each critical dimension: their mutants, "
         "tails drawn uniformly, or tails of one to four steps.",
     )
