@@ -361,7 +361,7 @@ class Evolution:
         return np.random.default_rng((self.settings.seed, generation))
 
     def _initial_population(self) -> Iterator[Candidate]:
-        """Alg. 1: a constant random tail for every critical dimension, then mutants until there are P."""
+        """Alg. 1: a constant random tail for every critical dimension, then others (``search.initial``) until there are P."""
         rng = self._rng(0)
         seeds = [
             Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))) for dim, tail in self._starts(rng)
@@ -378,8 +378,10 @@ class Evolution:
 
     def _starts(self, rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, ...]]]:
         """Critical dimensions and tails that the population grows from."""
-        yield from ((0, start) for start in self.space.starts)
-        for dim in () if self.space.starts else self.space.critical_dims:  # Alg. 1, line 3
+        if self.space.starts:
+            yield from ((0, start) for start in self.space.starts)
+            return
+        for dim in self.space.critical_dims:  # Alg. 1, line 3
             factor = float(rng.uniform(*self.space.tail_bounds))  # Alg. 1, line 4
             yield dim, (factor,) * (self.space.num_cosines - dim)
 

@@ -142,19 +142,12 @@ class SearchSection(Section):
 # What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured to be best, "paper" is
 # Alg. 2 read literally, "authors" has the operators of their code, "longrope" is the first paper's search, "random" forgets
 # its parents.
-_PLAIN = {
-    "top_k": 32,
-    "initial": "mutants",
-    "shift_probability": 0.0,
-    "immigrants": 0.0,
-    "niche_size": 0,
-    "crossover": "none",
-}
+_PLAIN = {"top_k": 32, "initial": "mutants", "shift_probability": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {**_PLAIN, "mutation": "neighbours"},
     "authors": {**_PLAIN, "mutation": "authors", "crossover": "authors"},
-    "longrope": {**_PLAIN, "dimensions": "all", "mutation": "push", "crossover": "authors"},
+    "longrope": {**_PLAIN, "dimensions": "all", "crossover": "authors"},
     "random": {**_PLAIN, "mutation": "random"},
 }
 
