@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
@@ -60,10 +61,10 @@ class Scorer:
         return os.getpid()
 
     def score(
-        self, needle_set: str, sample: int, values: Any, attention_factor: float
+        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float
     ) -> tuple[float, int, bool, float]:
         """(nll_sum, num_tokens, correct, seconds) of one sample under one vector."""
-        result = self._scorer.score(self._needle_sets[needle_set][sample], values, attention_factor)
+        result = self._scorer.score(self._needle_sets[needle_set][sample], np.array(values), attention_factor)
         return result.nll_sum, result.num_tokens, result.correct, result.seconds
 
 
@@ -197,7 +198,7 @@ class ScorerPool:
                 unit = self._queue.popleft()
                 slot.unit, slot.since = unit, time.time()
                 slot.ref = slot.actor.score.remote(
-                    unit.needle_set, unit.sample, unit.factors.values, unit.factors.attention_factor
+                    unit.needle_set, unit.sample, unit.factors.values.tolist(), unit.factors.attention_factor
                 )
 
     def _collect(self, slot: _Slot) -> Score | None:

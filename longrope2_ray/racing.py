@@ -38,6 +38,7 @@ class Race:
         self._dims, self._settings, self._num_samples = critical_dims, settings, num_samples
         self._order = hardest_first(incumbents.values(), num_samples)
         self._scores: dict[str, dict[int, float]] = {id: {} for id in newcomers}
+        self._bounds = dict.fromkeys(newcomers, 0.0)
         self._pending: dict[str, set[int]] = {id: set() for id in newcomers}
         self._rank = {id: rank for rank, id in enumerate(newcomers)}
         self._totals = {id: math.fsum(scores.values()) for id, scores in incumbents.items()}
@@ -51,7 +52,7 @@ class Race:
         ready = [id for id in self._open if len(self._scores[id]) + len(self._pending[id]) < self._num_samples]
         if not ready:
             return None
-        id = min(ready, key=lambda id: (len(self._pending[id]), self.lower_bound(id), self._rank[id]))
+        id = min(ready, key=lambda id: (len(self._pending[id]), self._bounds[id], self._rank[id]))
         sample = next(s for s in self._order if s not in self._scores[id] and s not in self._pending[id])
         self._pending[id].add(sample)
         return id, sample
@@ -62,6 +63,7 @@ class Race:
             return
         self._pending[id].discard(sample)
         self._scores[id].setdefault(sample, nll)
+        self._bounds[id] = math.fsum(self._scores[id].values())  # rounds once, so a part never exceeds the whole
         if id not in self._open:
             return
         racing = self._settings.racing != "off"
@@ -96,8 +98,8 @@ class Race:
         return sum(self._num_samples - len(self._scores[id]) for id in self._open)
 
     def lower_bound(self, id: str) -> float:
-        """What the candidate's total is at least. ``fsum`` rounds once, so a part never exceeds the whole."""
-        return math.fsum(self._scores[id].values())
+        """What the candidate's total is at least."""
+        return self._bounds[id]
 
     def _close(self, id: str) -> None:
         self._open.discard(id)

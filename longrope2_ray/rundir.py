@@ -19,7 +19,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import IO, Any
 
 import tomli_w
@@ -130,10 +130,10 @@ class RunDir:
                 f"--run-dir: cannot write {target}: {error}; make room or set another --run-dir, then run again to resume"
             ) from error
 
-    def write_json(self, name: str, payload: Mapping[str, Any]) -> None:
-        """Write ``payload`` with schema version and checksum."""
+    def write_json(self, name: str, payload: Mapping[str, Any], indent: int | None = 1) -> None:
+        """Write ``payload`` with schema version and checksum; with ``indent`` None on one line, several times as fast."""
         body = {"schema_version": SCHEMA_VERSION, **payload}
-        text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True, allow_nan=False)
+        text = json.dumps({**body, "sha256": _checksum(body)}, indent=indent, sort_keys=True, allow_nan=False)
         self.write_bytes(name, text.encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -236,10 +236,10 @@ class RunDir:
 
     def append_scores(self, scores: Iterable[Score]) -> None:
         """Commit rows as one new immutable segment."""
-        rows = [asdict(score) for score in scores]
+        rows = [vars(score) for score in scores]
         if rows:
             name = f"scores/{uuid.uuid4().hex}.json"
-            self.write_json(name, {"rows": rows})
+            self.write_json(name, {"rows": rows}, indent=None)
             self._segments.add(name)
 
     def load_scores(self) -> dict[tuple[str, str, int], Score]:
