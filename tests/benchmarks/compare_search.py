@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict] = {
     "all dims": {"dimensions": "all"},
     "racing off": {"racing": "off"},
     "statistical": {"racing": "statistical"},
+    "statistical, 1 s.e.": {"racing": "statistical", "racing_confidence": 1.0},
 }
 
 
