@@ -204,8 +204,8 @@ class SourceSection(Section):
         description="Files, directories, globs or URLs of .jsonl, .parquet or text files, or hf://<dataset id>."
     )
     field: str = Field("text", description="Field or column that holds the text, in .jsonl and .parquet.")
-    split: Literal["file", "paragraph"] = Field(
-        "file", description="In text files, what a document is: the whole file, or each paragraph."
+    split: Literal["file", "blank_line", "line"] = Field(
+        "file", description="In text files, what ends a document: the end of the file, a blank line, or each line."
     )
     weight: float = Field(1.0, gt=0, description="Share of every band's tokens, relative to the other sources.")
 
