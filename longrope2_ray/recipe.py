@@ -207,7 +207,10 @@ class SourceSection(Section):
     split: Literal["file", "blank_line", "line"] = Field(
         "file", description="In text files, what ends a document: the end of the file, a blank line, or each line."
     )
-    weight: float = Field(1.0, gt=0, description="Share of every band's tokens, relative to the other sources.")
+    piece_tokens: int | None = Field(
+        None, ge=3, description="Cut longer documents into pieces of at most this many tokens, BOS and EOS included."
+    )
+    weight: float = Field(1.0, gt=0, description="Share of a band's tokens, relative to its other sources.")
 
 
 class BandSection(Section):
@@ -215,6 +218,7 @@ class BandSection(Section):
 
     max_tokens: Positive = Field(description="Longest document of the band, BOS and EOS included.")
     tokens: Positive = Field(description="Tokens taken from it.")
+    sources: list[str] = Field([], description="Names of the sources it is taken from; all unless given.")
 
 
 class DataSection(Section):
@@ -236,6 +240,9 @@ class DataSection(Section):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources: expected a name of its own for each, got {names}")
+        unknown = [name for band in self.bands for name in band.sources if name not in names]
+        if unknown:
+            raise ValueError(f"bands.sources: expected names of data.sources ({', '.join(names)}), got {unknown[0]!r}")
         return self
 
 
