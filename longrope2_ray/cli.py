@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("interrupted; what is scored is kept, run the same command again to resume", file=sys.stderr)
+        print("interrupted; what is done is kept, run the same command again to resume", file=sys.stderr)
         return 130
     except StoppedError as error:
-        print(f"stopped: {error}\nwhat is scored is kept, run again to resume", file=sys.stderr)
+        print(f"stopped: {error}\nwhat is done is kept, run again to resume", file=sys.stderr)
         return 1
 
 
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     search = command("search", _search, "Search for the factors; run again to resume.")
     search.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
     search.add_argument("--dashboard", action="store_true", help="start Ray's dashboard on this machine")
+
+    train = command("train", _train, "Train with mixed context windows from the winning factors; run again to resume.")
+    train.add_argument("--run-dir", help="directory or URL of the search and the data (default runs/<recipe name>)")
+    train.add_argument("--dashboard", action="store_true", help="start Ray's dashboard on this machine")
 
     plan = command("plan", _plan, "Say what a search will cost, without loading a model.")
     plan.add_argument("--accelerator", default="h100")
@@ -79,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--set", choices=("search", "report"), default="report", help="which needles (held-out: report)")
     score.add_argument("--attention-factor", help="a number, su or yarn (default: the vector's own)")
     score.add_argument("--json", action="store_true")
+
+    data = command("data", _data, "Make training data: tokenise, choose and pack documents; run again to resume.")
+    data.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
 
     report = command("report", _report, "Write report.html and figures of a run.", recipe=False)
     report.add_argument("run_dir")
@@ -122,6 +129,32 @@ def _search(arguments: argparse.Namespace) -> int:
           f"in {format_seconds(status.get('elapsed_seconds'))}")  # fmt: skip
     for name in ("winner.json", "report.html"):
         print(run_dir.path / name)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from longrope2_ray import driver
+    from longrope2_ray.rundir import RunDir
+    from longrope2_ray.trainer import MODEL_FOLDER, TrainObserver, prepare_training, run_training
+
+    run_dir = RunDir(arguments.run_dir or str(Path("runs") / recipe.name))
+    job, train_dir, resumed = prepare_training(recipe, run_dir)
+    result = train_dir.read_or_skip("result.json")
+    if result is not None:
+        print(f"{train_dir.path / MODEL_FOLDER}: trained for {result['step']} steps, loss {result['loss']:.4f}")
+        print(f"{train_dir.url} holds this finished training; nothing was changed")
+        return 0
+    if resumed:
+        print(f"resuming {train_dir.url}", file=sys.stderr)
+    with driver.ray_session(arguments.dashboard):
+        observer = TrainObserver(recipe.name)
+        try:
+            result = run_training(job, train_dir, observer)
+        finally:
+            observer.stop()
+    print(f"trained for {result['step']} steps, loss {result['loss']:.4f}")
+    print(train_dir.path / MODEL_FOLDER)
     return 0
 
 
@@ -240,6 +273,21 @@ def _score(arguments: argparse.Namespace) -> None:
           f"{result['ppl']:.4g}, accuracy {result['accuracy']:.0%}")  # fmt: skip
     for sample, nll in enumerate(result["nll_per_sample"]):
         print(f"  sample {sample}: NLL {nll:.4f}")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from longrope2_ray import driver
+    from longrope2_ray.data import build_data, finished, format_manifest, prepare_data
+    from longrope2_ray.packing import MANIFEST
+
+    plan = prepare_data(recipe, arguments.run_dir or str(Path("runs") / recipe.name))
+    manifest = finished(plan)
+    if manifest is None:
+        with driver.ray_session():
+            manifest = build_data(plan)
+    print(format_manifest(manifest))
+    print(plan.run_dir.path / MANIFEST)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -55,25 +55,31 @@ def log_generation(status: Status, event: str) -> None:
         print(json.dumps({"event": event, **_rounded(asdict(status))}), file=sys.stderr, flush=True)
 
 
+def progress_bar() -> tuple[Any, Any]:
+    """A bar on a terminal, silent elsewhere, and its one task; fields ``best`` and ``eta``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[best]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[eta]}"),
+        console=Console(stderr=True),
+    )
+    task = progress.add_task("starting", total=None, best="", eta="")
+    if sys.stderr.isatty():
+        progress.start()
+    return progress, task
+
+
 class ProgressBar:
-    """Generations, units, the best so far and the ETA on a terminal; silent elsewhere."""
+    """Generations, units, the best so far and the ETA of a search."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[best]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("starting", total=None, best="", eta="")
-        if sys.stderr.isatty():
-            self._progress.start()
+        self._progress, self._task = progress_bar()
 
     def __call__(self, status: Status, event: str) -> None:
         best = f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}" if status.best_ppl else ""

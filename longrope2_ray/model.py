@@ -98,7 +98,7 @@ def read_spec(
     Raises:
         ValueError: if the path holds no causal language model with a standard, unscaled rotary module.
     """
-    config = _read_config(path, gguf_file, revision)
+    config = read_config(path, gguf_file, revision)
     text = config.get_text_config()
     model = _skeleton(config, path)
     what = f"{path!r} ({type(model).__name__})"
@@ -139,18 +139,32 @@ def read_spec(
     )
 
 
-def _read_config(path: str, gguf_file: str | None, revision: str | None) -> "PreTrainedConfig":
+def read_config(path: str, gguf_file: str | None, revision: str | None) -> "PreTrainedConfig":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     location, gguf = resolve_model_path(path, gguf_file, revision)
     try:
-        return AutoConfig.from_pretrained(location, **_where(gguf, revision))
+        return _as_base(AutoConfig.from_pretrained(location, **_where(gguf, revision)))
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model.path: expected a model whose config transformers can read, got {path!r}: {reason}"
         ) from error
+
+
+def _as_base(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """The base model's config of a model that was extended with its original RoPE kept in the short window
+    (``longrope`` whose short factors are all 1, as ``export`` writes it): both windows are pinned from there."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    inner = rope.get("full_attention", rope)
+    if inner.get("rope_type") == "longrope" and set(inner.get("short_factor") or ()) == {1.0}:
+        text.max_position_embeddings = inner["original_max_position_embeddings"]
+        kept = {key: value for key, value in inner.items() if key in ("rope_theta", "partial_rotary_factor")}
+        base = {**kept, "rope_type": "default"}
+        text.rope_parameters = {**rope, "full_attention": base} if "full_attention" in rope else base
+    return config
 
 
 def _where(gguf: str | None, revision: str | None) -> dict[str, Any]:
@@ -244,7 +258,7 @@ def model_fingerprint(path: str, gguf_file: str | None = None, revision: str | N
                 opened.seek(max(size - _MIB, 0))
                 digest.update(opened.read(_MIB))
     else:
-        config = _read_config(path, gguf_file, revision)
+        config = read_config(path, gguf_file, revision)
         digest.update(f"{path} {gguf} {getattr(config, '_commit_hash', None) or revision}".encode())
     return digest.hexdigest()[:16]
 
@@ -337,7 +351,7 @@ def load_model(
         raise ValueError("model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'")
     if num_gpus > 1 and torch.cuda.device_count() < num_gpus:
         raise ValueError(f"scorer.gpus_per_scorer: expected {num_gpus} visible GPUs, got {torch.cuda.device_count()}")
-    config = _read_config(path, gguf_file, revision)
+    config = read_config(path, gguf_file, revision)
     _check_kernel(_skeleton(config, path), attention, path)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -70,6 +70,18 @@ def num_parameters(shape: Shape) -> int:
     return shape.num_layers * layer_parameters(shape) + embeddings
 
 
+def step_flops(shape: Shape, num_positions: int, num_pairs: float) -> float:
+    """Model FLOPs of a training step, forward and backward (twice the forward), recomputation not counted.
+
+    Args:
+        num_positions: tokens of the global batch.
+        num_pairs: (query, key) pairs of its causal attention, half the square of every range.
+    """
+    weights = shape.num_layers * layer_parameters(shape) + shape.vocab_size * shape.hidden_size
+    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * num_pairs
+    return 3 * (2.0 * weights * num_positions + attention)
+
+
 def pass_flops(shape: Shape, length: int) -> dict[str, float]:
     """FLOPs of one forward pass over ``length`` tokens without full logits: linear layers, and causal attention."""
     linear = 2.0 * shape.num_layers * layer_parameters(shape) * length
@@ -95,6 +107,67 @@ def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
         "logits": float(4 * ANSWER_TOKENS * shape.vocab_size),
     }
     return {**parts, "total": sum(parts.values()), "full logits (avoided)": float(size) * length * shape.vocab_size}
+
+
+def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dict[str, float]:
+    """Memory of one training process by part: FSDP2 over all of them, one segment shared by ``sequence_parallel`` ones.
+
+    Activations are the layers' inputs with activation checkpointing, all that a backward pass needs without; "one layer"
+    is what stands while one layer is computed or recomputed.
+    """
+    settings, size = recipe.train, DTYPE_BYTES[recipe.train.dtype]
+    tokens = recipe.search.target_length / settings.sequence_parallel
+    heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
+    layer = size * tokens * (6 * shape.hidden_size + 2 * heads + 3 * shape.intermediate_size)
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    saved = size * tokens * shape.hidden_size if settings.activation_checkpointing else layer
+    gathered = 2 * layer_parameters(shape) + embeddings  # this layer, the next one, and what stays gathered
+    parts = {
+        "weights, gradients, AdamW": 16.0 * num_parameters(shape) / num_workers,
+        "gathered weights": float((size + 4) * gathered),  # and their gradients in float32 before they are reduced
+        "activations": float(saved * shape.num_layers),
+        "one layer": float(layer),
+        "logits": float((size + 2 * 4) * min(tokens, settings.loss_chunk_tokens) * shape.vocab_size),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float) -> dict[str, Any] | None:
+    """Tokens, steps, FLOPs, GPU-hours and memory of the training; None without a ``[data]`` section.
+
+    Raises:
+        ValueError: if the data does not fill one global batch.
+    """
+    if recipe.data is None:
+        return None
+    device, settings, length = ACCELERATORS[accelerator], recipe.train, recipe.search.target_length
+    original = recipe.model.original_length or shape.original_length
+    workers = settings.num_workers or settings.sequence_parallel
+    segments = sum(band.tokens // length for band in recipe.data.bands)
+    steps = settings.max_steps or segments // settings.global_batch_size
+    if not steps:
+        raise ValueError(
+            f"train.global_batch_size: expected at most the {segments} segments that data.bands make, "
+            f"got {settings.global_batch_size}"
+        )
+    share = steps * settings.global_batch_size / segments  # of an epoch
+    # short documents are at most as long as their band allows, long segments are one range
+    pairs = [band.tokens * min(band.max_tokens if band.max_tokens <= original else length, length) / 2
+             for band in recipe.data.bands]  # fmt: skip
+    flops = step_flops(shape, steps * settings.global_batch_size * length, share * sum(pairs))
+    memory = training_memory_bytes(shape, recipe, workers)
+    return {
+        "tokens": sum(band.tokens for band in recipe.data.bands),
+        "segments": segments,
+        "steps": steps,
+        "trained_tokens": steps * settings.global_batch_size * length,
+        "pflop": flops / 1e15,
+        "gpu_hours": flops / (device.tflops * 1e12 * utilisation) / 3600,
+        "num_workers": workers,
+        "sequence_parallel": settings.sequence_parallel,
+        "memory_gib": {k: v / 2**30 for k, v in memory.items()},
+        "fits": memory["total"] / 2**30 <= device.memory_gib,
+    }
 
 
 def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UTILISATION) -> dict[str, Any]:
@@ -147,6 +220,7 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         "scorer_memory_gib": {k: v / 2**30 for k, v in memory.items()},
         "gpus_per_scorer": gpus,
         "fits": gib <= device.memory_gib * gpus,
+        "training": plan_training(recipe, shape, accelerator, utilisation),
     }
 
 
@@ -168,4 +242,16 @@ def format_plan(cost: dict[str, Any]) -> str:
     ]
     lines += [f"  {part:<22} {gib:9.3f} GiB" for part, gib in memory.items()]
     verdict = "fits" if cost["fits"] else "DOES NOT FIT: raise scorer.gpus_per_scorer or take a larger accelerator"
-    return "\n".join([*lines, f"{verdict} ({cost['gpus_per_scorer']:g} x {cost['accelerator']} per scorer)"])
+    lines.append(f"{verdict} ({cost['gpus_per_scorer']:g} x {cost['accelerator']} per scorer)")
+    if train := cost["training"]:
+        lines += [
+            "",
+            f"training         {train['steps']} steps, {train['trained_tokens'] / 1e9:.4g} B tokens of "
+            f"{train['tokens'] / 1e9:.4g} B in {train['segments']} segments",
+            f"FLOPs            {train['pflop']:.4g} PFLOP, recomputation not counted",
+            f"GPU-hours        {train['gpu_hours']:.4g} on {cost['accelerator']} at {cost['utilisation']:.0%} of its peak",
+            f"memory of one of {train['num_workers']} workers, {train['sequence_parallel']} on each segment",
+        ]
+        lines += [f"  {part:<25} {gib:6.2f} GiB" for part, gib in train["memory_gib"].items()]
+        lines.append("fits" if train["fits"] else "DOES NOT FIT: raise train.num_workers or train.sequence_parallel")
+    return "\n".join(lines)

@@ -249,6 +249,11 @@ class DataSection(Section):
 class TrainSection(Section):
     """Mixed context window training (Sec. 3.3); the defaults are the paper's, and its authors' where it is silent."""
 
+    name: str = Field(
+        "train",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Folder of this training in the run directory; trainings beside each other share search and data.",
+    )
     factors: str = Field(
         "winner", description="Rescale factors: the run's winner, a baseline method, or a file that holds a vector."
     )
@@ -274,6 +279,9 @@ class TrainSection(Section):
     loss_chunk_tokens: Positive = Field(2048, description="Tokens whose logits exist at once.")
     checkpoint_steps: Positive = Field(50, description="Steps between checkpoints.")
     logging_steps: Positive = Field(1, description="Steps between lines of the log.")
+    max_failures: int = Field(
+        100, ge=-1, description="Deaths of a worker or node that one command survives; -1 for no limit."
+    )
 
 
 class Recipe(BaseSettings):
@@ -319,6 +327,13 @@ class Recipe(BaseSettings):
 FREE_FIELDS = (
     "data", "train", "scorer.num_scorers", "scorer.gpus_per_scorer", "scorer.cpus_per_scorer", "scorer.max_attempts",
     "scorer.stall_seconds", "scorer.start_seconds", "model.device", "model.shape",
+)  # fmt: skip
+
+
+# Fields of training that do not change its result, but for the order of sums.
+TRAIN_FREE_FIELDS = (
+    "train.name", "train.num_workers", "train.cpus_per_worker", "train.threads", "train.sequence_parallel", "train.checkpoint_steps",
+    "train.logging_steps", "train.max_failures", "train.loss_chunk_tokens", "train.activation_checkpointing",
 )  # fmt: skip
 
 

@@ -76,12 +76,17 @@ def _checksum(payload: Mapping[str, Any]) -> str:
 class RunDir:
     """Files of one run under a local directory or an fsspec URL such as ``s3://bucket/run``.
 
+    Args:
+        url: where.
+        folders: made with the directory.
+
     Raises:
         RunDirError: if the directory cannot be created or written.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, folders: Iterable[str] = ("scores", "generations")):
         self.url = url
+        self._folders = tuple(folders)
         self.path = UPath(url)
         self.local = self.path.protocol in ("", "file", "local")
         self._corrupt: set[str] = set()
@@ -91,7 +96,7 @@ class RunDir:
     def create(self) -> None:
         """Make the directory and prove that it can be written to."""
         try:
-            for name in ("", "scores", "generations"):
+            for name in ("", *self._folders):
                 (self.path / name if name else self.path).mkdir(parents=True, exist_ok=True)
             self.write_bytes(".probe", b"x")
             (self.path / ".probe").unlink()
@@ -156,7 +161,8 @@ class RunDir:
             raise RunDirError(f"{path} was written by another version of this tool; set another --run-dir")
         return body
 
-    def _read_or_skip(self, name: str) -> dict[str, Any] | None:
+    def read_or_skip(self, name: str) -> dict[str, Any] | None:
+        """As ``read_json``, but a corrupt file is reported once and counts as none."""
         try:
             return self.read_json(name)
         except CorruptFileError as error:
@@ -165,7 +171,8 @@ class RunDir:
             self._corrupt.add(name)
             return None
 
-    def _names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
+        """JSON files of a folder, sorted."""
         path = self.path / folder
         return sorted(f"{folder}/{p.name}" for p in path.glob("*.json")) if path.exists() else []
 
@@ -182,7 +189,7 @@ class RunDir:
 
         Args:
             recipe: ``section.field`` -> value of all that the result depends on.
-            fingerprints: of model, needles and held-out needles.
+            fingerprints: of model, needles and held-out needles, or of model, data and factors.
             nested_recipe: the whole recipe, for ``recipe.toml``.
             facts: geometry and sizes that a report needs; they follow from recipe and model.
 
@@ -192,8 +199,8 @@ class RunDir:
         self.create()
         self._take_lock()
         wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
-        found = self._read_or_skip("run.json")
-        if found is None and self._names("scores"):
+        found = self.read_or_skip("run.json")
+        if found is None and self.names("scores"):
             raise RunDirError(
                 f"--run-dir: {self.url} holds scores but no readable run.json that says of what; set another --run-dir"
             )
@@ -213,7 +220,7 @@ class RunDir:
         return found is not None
 
     def _take_lock(self) -> None:
-        """One search at a time in a local directory; the lock goes with its process, however that ends."""
+        """One run at a time in a local directory; the lock goes with its process, however that ends."""
         if not self.local or self._lock is not None:
             return
         lock = open(str(self.path / ".lock"), "a")  # noqa: SIM115 - held for as long as this object lives
@@ -222,7 +229,7 @@ class RunDir:
         except OSError as error:
             lock.close()
             raise RunDirError(
-                f"--run-dir: a search is running in {self.url} already; wait for it, stop it, or set another --run-dir"
+                f"--run-dir: another run is at work in {self.url} already; wait for it, stop it, or set another --run-dir"
             ) from error
         self._lock = lock
 
@@ -245,8 +252,8 @@ class RunDir:
     def load_scores(self) -> dict[tuple[str, str, int], Score]:
         """Every committed row by its key; corrupt segments are reported and skipped."""
         ledger: dict[tuple[str, str, int], Score] = {}
-        for name in self._names("scores"):
-            body = self._read_or_skip(name)
+        for name in self.names("scores"):
+            body = self.read_or_skip(name)
             if body is None:
                 continue
             self._segments.add(name)
@@ -275,15 +282,15 @@ class RunDir:
 
     def generations(self) -> list[dict[str, Any]]:
         """Every whole generation, oldest first."""
-        return [body for name in self._names("generations") if (body := self._read_or_skip(name))]
+        return [body for name in self.names("generations") if (body := self.read_or_skip(name))]
 
     def winner(self) -> dict[str, Any] | None:
         """The result, None while the search has not ended."""
-        return self._read_or_skip("winner.json")
+        return self.read_or_skip("winner.json")
 
     def status(self) -> dict[str, Any] | None:
         """The newest status, None if there is none."""
-        return self._read_or_skip("status.json")
+        return self.read_or_skip("status.json")
 
 
 def _without_none(value: Any) -> Any:

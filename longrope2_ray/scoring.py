@@ -81,7 +81,7 @@ class NeedleScorer:
         self._chunk_tokens = mlp_chunk_tokens
         self._config = model.config.get_text_config()
         self._kernel: str = self._config._attn_implementation
-        self._layers = _decoder_layers(model, spec.num_layers)
+        self._layers = decoder_layers(model, spec.num_layers)
         self._num_queries = 0
         self._collecting = False
         self._last_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -323,7 +323,7 @@ def _input_device(model: "PreTrainedModel") -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def _decoder_layers(model: "PreTrainedModel", num_layers: int) -> list[nn.Module]:
+def decoder_layers(model: "PreTrainedModel", num_layers: int) -> list[nn.Module]:
     """The decoder's layers, found as the list that has as many modules as the model has layers; [] if there is none."""
     for module in model.get_decoder().children():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PURE = [
     "rope", "factors", "baselines", "recipe", "evolution", "racing", "search", "rundir", "needles", "text", "plan",
+    "packing", "documents",
     *(["report"] if (ROOT / "longrope2_ray" / "report.py").exists() else []),
 ]  # fmt: skip
 

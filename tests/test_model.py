@@ -230,7 +230,7 @@ def test_extended_checkpoints_are_refused(rope_type: str, tmp_path: Path) -> Non
             "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": WINDOW,
         },
         "longrope": {
-            "factor": 2.0, "long_factor": [2.0] * 8, "short_factor": [1.0] * 8,
+            "factor": 2.0, "long_factor": [2.0] * 8, "short_factor": [1.0] * 7 + [1.1],
             "original_max_position_embeddings": WINDOW,
         },
     }[rope_type]  # fmt: skip

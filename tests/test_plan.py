@@ -10,8 +10,10 @@ from longrope2_ray.plan import (
     pass_flops,
     plan,
     scorer_memory_bytes,
+    step_flops,
+    training_memory_bytes,
 )
-from longrope2_ray.recipe import Recipe, ShapeSection
+from longrope2_ray.recipe import Recipe, ShapeSection, load_recipe
 
 SHAPE = ShapeSection(
     hidden_size=64,
@@ -143,3 +145,52 @@ def test_a_target_not_above_the_models_own_length_is_refused() -> None:
         ValueError, match=r"^search.target_length: expected more than the original length 1024, got 1024"
     ):
         plan(recipe(), longer, "h100")
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+DATA = {
+    "sources": [{"name": "a", "path": ["x"]}],
+    "bands": [{"max_tokens": 256, "tokens": 10_240}, {"max_tokens": 4096, "tokens": 20_480}],
+}
+
+
+def test_training_is_planned_where_there_is_data_only() -> None:
+    assert plan(recipe(), SHAPE, "h100")["training"] is None
+    cost = plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100")["training"]
+    assert (cost["segments"], cost["steps"], cost["trained_tokens"]) == (30, 7, 7 * 4 * 1024)
+    assert cost["tokens"] == 30_720
+    assert "training         7 steps" in format_plan(
+        plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100")
+    )
+    with pytest.raises(ValueError, match=r"train\.global_batch_size: expected at most the 30 segments"):
+        plan(recipe(data=DATA, train={"global_batch_size": 31}), SHAPE, "h100")
+
+
+def test_a_training_steps_flops_are_three_forward_passes() -> None:
+    forward = pass_flops(SHAPE, 1024)["total"] + 2 * SHAPE.vocab_size * SHAPE.hidden_size * 1024
+    assert step_flops(SHAPE, 1024, 1024**2 / 2) == pytest.approx(3 * forward)
+
+
+@pytest.mark.parametrize(("workers", "degree", "gib"), [(64, 1, 60), (8, 8, 26)])
+def test_memory_of_training_8b_at_128k_is_what_others_need(workers: int, degree: int, gib: float) -> None:
+    """60 GB a GPU on 64 of them, 26 GB on 8 with sequence parallelism over all, as measured elsewhere."""
+    chosen = load_recipe("llama3_8b_128k", [f"--train.num-workers={workers}", f"--train.sequence-parallel={degree}"])
+    assert chosen.model.shape is not None
+    total = training_memory_bytes(chosen.model.shape, chosen, workers)["total"] / 2**30
+    assert total == pytest.approx(gib, rel=0.3)
+
+
+def test_the_papers_training_is_its_recipe() -> None:
+    """64 A100 for 54 hours (Sec. 4.1); activation checkpointing adds a third to the model's own FLOPs."""
+    for name, hours in (("llama3_8b_128k", 54), ("phi3_mini_128k", 39)):
+        chosen = load_recipe(name)
+        assert chosen.model.shape is not None
+        cost = plan(chosen, chosen.model.shape, "a100-80gb")["training"]
+        assert cost["tokens"] == 10e9
+        assert cost["gpu_hours"] * 4 / 3 == pytest.approx(64 * hours, rel=0.35)
+        assert (chosen.train.global_batch_size, chosen.train.learning_rate, chosen.train.betas) == (
+            64,
+            2e-5,
+            (0.9, 0.95),
+        )

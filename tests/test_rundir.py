@@ -308,7 +308,7 @@ def test_generations_come_back_oldest_first_and_a_spoiled_one_is_skipped(run_dir
 def test_a_second_search_in_the_same_directory_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     first = RunDir(str(tmp_path / "run"))
     first.open({"a": 1}, {}, {}, {})
-    with pytest.raises(RunDirError, match="a search is running"):
+    with pytest.raises(RunDirError, match="another run is at work"):
         RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})
     first.close()
     assert RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})

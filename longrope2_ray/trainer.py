@@ -1,0 +1,405 @@
+"""Mixed context window training as a Ray Train job: workers, checkpoints, what others see. The maths is in ``training``.
+
+State is derived: a checkpoint holds weights, optimizer and step, and the step alone says which segments come next, so a
+worker killed at any moment costs the steps since the last checkpoint and no segment is trained twice or skipped.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from longrope2_ray.baselines import METHODS, baseline
+from longrope2_ray.evolution import attention_factor
+from longrope2_ray.factors import RescaleFactors, factors_from_json
+from longrope2_ray.packing import SegmentReader
+from longrope2_ray.plan import step_flops
+from longrope2_ray.recipe import TRAIN_FREE_FIELDS, Recipe, StoppedError, flatten
+from longrope2_ray.rundir import RunDir
+
+log = logging.getLogger("longrope2")
+
+MODEL_FOLDER = "model"
+POLL_SECONDS = 2.0
+Row = Mapping[str, Any]  # one logged step: a StepResult, with what it took
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker needs; small, and the same for every one.
+
+    Attributes:
+        recipe: the run's.
+        spec: of the model.
+        factors: of the long window.
+        num_steps: optimizer steps in all.
+        url: of the run directory, absolute.
+        attempt: of one command; what stopped a former one does not stop this one.
+    """
+
+    recipe: Recipe
+    spec: Any
+    factors: RescaleFactors
+    num_steps: int
+    url: str
+    attempt: str
+
+    @property
+    def folder(self) -> str:
+        """Of this training in the run directory."""
+        return self.recipe.train.name
+
+
+def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir, bool]:
+    """Check all that can be checked without Ray and weights, and begin or resume its folder in the run directory.
+
+    Returns:
+        The job, its opened folder, and whether it was there.
+
+    Raises:
+        ValueError: with one clear message, before anything expensive.
+    """
+    from longrope2_ray.model import check_attention, model_fingerprint, read_spec
+    from longrope2_ray.training import steps_per_epoch
+
+    model, settings, target = recipe.model, recipe.train, recipe.search.target_length
+    where = {"gguf_file": model.gguf_file, "revision": model.revision}
+    check_attention(model.attention, model.device)
+    spec = read_spec(model.path, original_length=model.original_length, **where)
+    reader = SegmentReader(run_dir)
+    if reader.manifest["target_length"] != target:
+        raise ValueError(
+            f"search.target_length: expected {reader.manifest['target_length']}, for which the data of {run_dir.url} "
+            f"was packed, got {target}; run longrope2 data again"
+        )
+    if target % settings.sequence_parallel:
+        raise ValueError(
+            f"train.sequence_parallel: expected a divisor of the target length {target}, "
+            f"got {settings.sequence_parallel}"
+        )
+    epoch = steps_per_epoch(len(reader), settings)
+    if not epoch:
+        raise ValueError(
+            f"train.global_batch_size: expected at most the {len(reader)} segments of the data, "
+            f"got {settings.global_batch_size}; lower it or raise data.bands.tokens"
+        )
+    factors = find_factors(recipe, spec, run_dir)
+    flat = {
+        name: value
+        for name, value in flatten(recipe).items()
+        if name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS)
+    }
+    prints = {
+        "model": model_fingerprint(model.path, **where),
+        "data": reader.fingerprint,
+        "factors": json.dumps([factors.values.tolist(), factors.attention_factor]),
+    }
+    train_dir = RunDir(str(run_dir.path / settings.name), folders=("steps",))
+    facts = {"num_segments": len(reader), "source": factors.source}
+    resumed = train_dir.open(flat, prints, recipe.model_dump(mode="json"), facts)
+    url = str(run_dir.path.absolute()) if run_dir.local else run_dir.url
+    return TrainJob(recipe, spec, factors, settings.max_steps or epoch, url, uuid.uuid4().hex), train_dir, resumed
+
+
+def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:
+    """The vector that ``train.factors`` names.
+
+    Raises:
+        ValueError: if the search is not finished, there is no such file, or the vector does not fit the model.
+    """
+    name, search, geometry = recipe.train.factors, recipe.search, spec.geometry
+    if name in METHODS and name != "longrope2":
+        number = attention_factor(search.attention_factor, search.target_length / geometry.original_length,
+                                  geometry.original_length)  # fmt: skip
+        return baseline(name, geometry, search.target_length, attention_factor=number or 1.0)
+    if name == "winner":
+        winner = run_dir.winner()
+        if winner is None:
+            raise ValueError(
+                f"train.factors: expected the winner of a finished search in {run_dir.url}, got none; run longrope2 "
+                f"search first, or name a baseline method or a file"
+            )
+        vector = factors_from_json(json.dumps(winner), "winner")
+    else:
+        try:
+            vector = factors_from_json(Path(name).read_text(encoding="utf-8"), name)
+        except OSError as error:
+            raise ValueError(
+                f"train.factors: expected winner, a baseline method ({', '.join(METHODS)}) or a file, got {name!r}: "
+                f"{error.strerror}"
+            ) from error
+    return vector.require_length(geometry.num_cosines)
+
+
+# -------------------------------------------------------------------------------------------------------- a worker
+
+
+def train_worker(job: TrainJob) -> None:
+    """What every worker runs, again after each death in its group.
+
+    What will not mend by trying again (a mistake of the user, too little memory) is written down, so that the next
+    start ends at once and the command can say it.
+    """
+    import torch
+
+    run_dir = RunDir(job.url)
+    stop = run_dir.read_or_skip(f"{job.folder}/stop.json")
+    if stop and stop["attempt"] == job.attempt:
+        return
+    try:
+        _train(job, run_dir)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (
+                f"out of memory at {job.recipe.search.target_length} tokens: raise train.sequence_parallel or "
+                f"train.num_workers, lower train.loss_chunk_tokens, or set train.activation_checkpointing ({message})"
+            )
+        run_dir.write_json(f"{job.folder}/stop.json", {"attempt": job.attempt, "message": message})
+        raise
+
+
+def _train(job: TrainJob, run_dir: RunDir) -> None:
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from longrope2_ray.model import load_model
+    from longrope2_ray.training import MixedTrainer, batch_indices
+
+    settings, model = job.recipe.train, job.recipe.model
+    rank = ray.train.get_context().get_world_rank()
+    torch.set_num_threads(settings.threads)
+    loaded: Any = load_model(
+        model.path, gguf_file=model.gguf_file, revision=model.revision, dtype="float32", device="cpu"
+    )
+    device = torch.device("cpu") if model.device == "cpu" else get_device()
+    trainer = MixedTrainer(loaded.to(device), job.spec, job.factors, settings, job.num_steps, kernel=model.attention)
+    reader = SegmentReader(run_dir)
+    step = 0
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            step = trainer.load(folder)
+    while step < job.num_steps:
+        began = time.perf_counter()
+        segments = [reader[index] for index in trainer.share(batch_indices(step, len(reader), settings))]
+        result = trainer.step(step, segments)
+        if not math.isfinite(result.loss + result.grad_norm):
+            raise ValueError(
+                f"the loss of step {step + 1} is {result.loss}, its gradient norm {result.grad_norm}: lower "
+                f"train.learning_rate or raise train.warmup_steps, then run again to go on from the last checkpoint"
+            )
+        step += 1
+        if rank == 0 and (step % settings.logging_steps == 0 or step == job.num_steps):
+            row = _row(job, step, asdict(result), time.perf_counter() - began)
+            run_dir.write_json(f"{job.folder}/steps/{step:07d}.json", row)
+        if step % settings.checkpoint_steps == 0 or step == job.num_steps:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer.save(folder, step)
+                ray.train.report(
+                    {"step": step, "loss": result.loss}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+                )
+    weights = trainer.weights()
+    if rank == 0:
+        save_model(job, weights, run_dir)
+
+
+def _row(job: TrainJob, step: int, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    import ray.train
+    import torch
+
+    flops = step_flops(job.spec, result["num_positions"], result["num_pairs"])
+    world = ray.train.get_context().get_world_size()
+    peak = _peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    return {
+        "step": step,
+        "num_steps": job.num_steps,
+        **result,
+        "seconds": seconds,
+        "tokens_per_second": result["num_positions"] / seconds,
+        "model_tflops_per_second": flops / seconds / 1e12,
+        "model_flops_utilisation": flops / seconds / (peak * world) if peak else None,
+    }
+
+
+def _peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU by its name, None for one that is not known."""
+    from longrope2_ray.plan import ACCELERATORS
+
+    name = device_name.lower().replace(" ", "").replace("-", "")
+    known = [device.tflops * 1e12 for key, device in ACCELERATORS.items() if key.split("-")[0] in name]
+    return known[0] if known else None
+
+
+def save_model(job: TrainJob, weights: Mapping[str, Any], run_dir: RunDir) -> None:
+    """Write ``model/``, its config last: a directory without one was not written whole, and nothing loads it."""
+    from longrope2_ray.export import extended_config, save_extended
+    from longrope2_ray.model import DTYPES, load_tokenizer, read_config
+
+    model, target = job.recipe.model, job.recipe.search.target_length
+    where = {"gguf_file": model.gguf_file, "revision": model.revision}
+    config = read_config(model.path, **where)
+    dtype = DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), DTYPES[job.recipe.train.dtype])
+    config = extended_config(config, job.spec, job.factors, target)
+    place = run_dir.path / job.folder / MODEL_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_extended(Path(folder), config, weights, load_tokenizer(model.path, **where), dtype)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
+            run_dir.write_bytes(f"{job.folder}/{MODEL_FOLDER}/{path.name}", path.read_bytes())
+
+
+# -------------------------------------------------------------------------------------------------------- the driver
+
+
+@contextmanager
+def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None]:
+    """Call ``observe`` for every step that is logged while the block runs, from a thread; once a step."""
+    done = threading.Event()
+    seen = set(train_dir.names("steps"))
+
+    def look() -> None:
+        for name in train_dir.names("steps"):
+            if name not in seen and (row := train_dir.read_or_skip(name)):
+                seen.add(name)
+                observe(row)
+
+    def loop() -> None:
+        while not done.wait(POLL_SECONDS):
+            try:
+                look()
+            except OSError as error:  # a storage that is away for a while stops nobody
+                log.warning("cannot read %s: %s", train_dir.url, error)
+
+    thread = threading.Thread(target=loop, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
+def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None]) -> dict[str, Any]:
+    """Train on the Ray that is there, from the last checkpoint if there is one; the content of its ``result.json``.
+
+    Raises:
+        ValueError: if the cluster has no room for the workers, or they do not come out even.
+        StoppedError: if training cannot go on.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from longrope2_ray.training import check_parallel
+
+    settings, cluster = job.recipe.train, ray.cluster_resources()
+    use_gpu = job.recipe.model.device == "cuda" or (job.recipe.model.device == "auto" and cluster.get("GPU", 0) > 0)
+    workers = settings.num_workers or (int(cluster.get("GPU", 0)) if use_gpu else 1)
+    kind, each = ("GPU", 1.0) if use_gpu else ("CPU", settings.cpus_per_worker)
+    if workers * each > cluster.get(kind, 0) and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"train.num_workers: expected room for {workers} workers of {each:g} {kind} each, this machine has "
+            f"{cluster.get(kind, 0):g} {kind}"
+        )
+    check_parallel(workers, job.spec.num_kv_heads, settings)
+    trainer = TorchTrainer(
+        cast(Any, train_worker),
+        train_loop_config=cast(Any, job),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=f"{job.url}/{job.folder}",
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    try:
+        with watching(train_dir, observe):
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise StoppedError(
+            f"training failed more than {settings.max_failures} times (train.max_failures): {error}"
+        ) from error
+    stop = train_dir.read_or_skip("stop.json")
+    if stop and stop["attempt"] == job.attempt:
+        raise StoppedError(stop["message"])
+    last = train_dir.read_or_skip(f"steps/{job.num_steps:07d}.json")
+    if last is None:
+        raise StoppedError(f"training ended without its last step in {train_dir.url}; run again to resume")
+    result = {name: last[name] for name in ("step", "loss", "window_losses", "num_tokens")}
+    train_dir.write_json("result.json", {**result, "factors": job.factors.values.tolist(), "source": job.factors.source,
+                                         "attention_factor": job.factors.attention_factor, "mixed": settings.mixed})  # fmt: skip
+    return result
+
+
+GAUGES = {
+    "loss": "NLL per target of the global batch",
+    "loss_short": "The same in short segments",
+    "loss_long": "The same in long segments",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "tokens_per_second": "Tokens of segments per second, all workers",
+    "model_flops_utilisation": "Model FLOPs in units of the accelerators' peak",
+    "eta_seconds": "Seconds to the end, estimated",
+    "step": "Optimizer steps taken",
+}
+
+
+class TrainObserver:
+    """Every logged step as a JSON line, as Ray metrics, and as a progress bar on a terminal."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        from longrope2_ray.metrics import progress_bar
+
+        self._tags = {"run": run}
+        self._gauges = {n: Gauge(f"longrope2_train_{n}", description=d, tag_keys=("run",)) for n, d in GAUGES.items()}
+        self._progress, self._task = progress_bar()
+        self._seconds: list[float] = []
+        self._last: int | None = None
+
+    def __call__(self, row: Row) -> None:
+        from longrope2_ray.metrics import format_seconds
+
+        self._seconds = [*self._seconds, row["seconds"]][-20:]
+        eta = float(np.median(self._seconds)) * (row["num_steps"] - row["step"])
+        losses = {f"loss_{window}": loss for window, loss in row["window_losses"].items()}
+        values = {**row, **losses, "eta_seconds": eta}
+        for name, gauge in self._gauges.items():
+            if values.get(name) is not None:
+                gauge.set(values[name], self._tags)
+        line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items() if k != "window_losses"}
+        print(json.dumps({"event": "step", **line}), file=sys.stderr, flush=True)
+        self._progress.update(
+            self._task,
+            description="training",
+            completed=row["step"],
+            total=row["num_steps"],
+            best=f"loss {row['loss']:.4g}",
+            eta=f"ETA {format_seconds(eta)}",
+        )
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()

@@ -1,0 +1,471 @@
+"""Mixed context window training (LongRoPE2 Sec. 3.3, Fig. 5 and 10): the step, its RoPE, its attention, its loss.
+
+Every segment carries its window. A short one is trained with the original RoPE, each document seeing only itself; a long
+one with the rescaled RoPE and full causal attention. Nothing is inferred from positions or from the batch.
+
+Shapes: T tokens of a segment, S sequence-parallel ranks, t = T / S tokens of a rank, H query heads, K key/value heads,
+E head size, D model width. One segment is one micro-batch.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from longrope2_ray.factors import RescaleFactors
+from longrope2_ray.model import DTYPES, ModelSpec, PinnedRope
+from longrope2_ray.packing import Segment
+from longrope2_ray.recipe import TrainSection
+from longrope2_ray.scoring import banded_attention, decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100  # a position whose next token is not a target
+_ATTENTION_NAME = "longrope2_training_attention"
+_PROBE_TOKENS = 16
+
+
+# ------------------------------------------------------------------------------------- what follows from the step
+
+
+def learning_rate(step: int, num_steps: int, settings: TrainSection) -> float:
+    """Linear warm-up, then a cosine to zero at ``num_steps``; ``step`` counts from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(num_steps - settings.warmup_steps, 1)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def steps_per_epoch(num_segments: int, settings: TrainSection) -> int:
+    """Whole global batches in one pass over the data."""
+    return num_segments // settings.global_batch_size
+
+
+def batch_indices(step: int, num_segments: int, settings: TrainSection) -> list[int]:
+    """Segments of one optimizer step: the data position is a function of the step, so that a resume repeats nothing."""
+    epoch, batch = divmod(step, steps_per_epoch(num_segments, settings))
+    order = np.random.default_rng((settings.seed, epoch)).permutation(num_segments)
+    size = settings.global_batch_size
+    return [int(i) for i in order[batch * size : (batch + 1) * size]]
+
+
+def targets_of(segment: Segment) -> np.ndarray:
+    """(T,) the next token at every position; ``IGNORED`` where it is the first one of a document, or there is none."""
+    targets = np.full(len(segment.input_ids), IGNORED, dtype=np.int64)
+    targets[:-1] = segment.input_ids[1:]
+    targets[np.asarray(segment.cu_seqlens[1:]) - 1] = IGNORED
+    return targets
+
+
+def attention_ranges(segment: Segment) -> np.ndarray:
+    """Bounds of what attends to what: documents in a short segment, everything in a long one (Fig. 5)."""
+    ends = segment.cu_seqlens if segment.window == "short" else (0, len(segment.input_ids))
+    return np.asarray(ends, dtype=np.int32)
+
+
+def position_ids_of(segment: Segment) -> np.ndarray:
+    """(T,) positions, from 0 in each attention range."""
+    ranges = attention_ranges(segment)
+    starts: np.ndarray = np.repeat(ranges[:-1], np.diff(ranges))
+    return np.arange(len(segment.input_ids)) - starts
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ranges: np.ndarray,
+    *,
+    scaling: float | None,
+    window: int | None = None,
+    kernel: str = "sdpa",
+) -> torch.Tensor:
+    """Causal attention inside each of ``ranges``; (1, H, T, E).
+
+    Args:
+        query: (1, H, T, E).
+        key: (1, K, T, E); ``value`` likewise.
+        ranges: bounds from 0 to T.
+        window: tokens that a query sees, itself among them; None for all before it in its range.
+        kernel: ``flash_attention_2`` takes all ranges in one call, anything else one call for each.
+    """
+    if kernel == "flash_attention_2":
+        return _flash_varlen(query, key, value, ranges, scaling, window)
+    pieces = []
+    for first, last in itertools.pairwise(ranges):
+        q, k, v = (tensor[:, :, first:last] for tensor in (query, key, value))
+        if window is not None and window < last - first:
+            pieces.append(banded_attention(q, k, v, scaling=scaling, window=window))
+            continue
+        grouped = q.shape[1] != k.shape[1]
+        pieces.append(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        )
+    return torch.cat(pieces, dim=2)
+
+
+def flash_varlen_inputs(ranges: np.ndarray, device: torch.device, window: int | None) -> dict[str, Any]:
+    """Arguments of flash-attn's varlen call beside the tensors and the scale."""
+    bounds = torch.as_tensor(np.asarray(ranges, dtype=np.int32), device=device)
+    longest = int(np.diff(ranges).max())
+    return {
+        "cu_seqlens_q": bounds,
+        "cu_seqlens_k": bounds,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+    }
+
+
+def _flash_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ranges: np.ndarray,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (T, H, E)
+    out = flash_attn_varlen_func(*rows, softmax_scale=scaling, **flash_varlen_inputs(ranges, query.device, window))
+    return out.transpose(0, 1)[None]
+
+
+class _AllToAll(torch.autograd.Function):
+    """(S, ...) to (S, ...): part j of rank i becomes part i of rank j; its own transpose, so backward is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _AllToAll.apply(grads[0], ctx.group), None
+
+
+def gather_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(1, H, t, E) of this rank's tokens to (1, H / S, T, E) of this rank's heads (Ulysses)."""
+    size = group.size()
+    _, heads, tokens, width = tensor.shape
+    received = _AllToAll.apply(tensor.reshape(size, heads // size, tokens, width), group)
+    return received.transpose(0, 1).reshape(1, heads // size, size * tokens, width)
+
+
+def scatter_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(1, H / S, T, E) of this rank's heads back to (1, H, t, E) of this rank's tokens."""
+    size = group.size()
+    _, heads, tokens, width = tensor.shape
+    parts = tensor.reshape(heads, size, tokens // size, width).transpose(0, 1)
+    return _AllToAll.apply(parts, group).reshape(1, size * heads, tokens // size, width)
+
+
+class SegmentAttention:
+    """The attention of a model in training: routes every layer through ``document_attention`` of the present segment.
+
+    transformers makes no mask for an attention function without a mask function of its own, so neither a (T, T) mask
+    nor its guess about packed documents comes into play.
+    """
+
+    def __init__(self, model: "PreTrainedModel", kernel: str, group: dist.ProcessGroup | None) -> None:
+        from transformers import AttentionInterface
+
+        self._kernel, self._group = kernel, group
+        self.ranges = np.zeros(2, dtype=np.int32)
+        AttentionInterface.register(_ATTENTION_NAME, self._attend)
+        model.config.get_text_config()._attn_implementation = _ATTENTION_NAME
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """(1, H, t, E) queries to (1, t, H, E)."""
+        if attention_mask is not None or softcap is not None or s_aux is not None:
+            raise ValueError(
+                f"model.path: {type(module).__name__} asks for a mask, a softcap or attention sinks, "
+                "which training does not support"
+            )
+        if self._group is not None:
+            query, key, value = (gather_sequence(tensor, self._group) for tensor in (query, key, value))
+        out = document_attention(
+            query, key, value, self.ranges, scaling=scaling, window=sliding_window or None, kernel=self._kernel
+        )
+        if self._group is not None:
+            out = scatter_sequence(out, self._group)
+        return out.transpose(1, 2).contiguous(), None
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+class SegmentLoss(nn.Module):
+    """A causal language model that answers with the summed NLL of its targets; logits exist a chunk at a time.
+
+    Args:
+        model: with a linear language head.
+        chunk_tokens: tokens whose logits exist at once.
+    """
+
+    def __init__(self, model: "PreTrainedModel", chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk_tokens = chunk_tokens
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(1, t) ids, positions and targets to a float32 scalar."""
+        hidden = self.model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+        ).last_hidden_state[0]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, wanted in zip(hidden.split(self._chunk_tokens), targets[0].split(self._chunk_tokens), strict=True):
+            total = total + checkpoint(self._chunk, rows, wanted, use_reentrant=False)
+        return total
+
+    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+    @torch.no_grad()
+    def require_own_loss(self, vocab_size: int) -> None:
+        """Compare with the family's own forward on a few tokens.
+
+        Raises:
+            ValueError: if the family does something else with its logits, such as scaling or capping them.
+        """
+        ids = torch.arange(_PROBE_TOKENS, device=next(self.parameters()).device)[None] % vocab_size
+        targets = torch.roll(ids, -1)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        own = nn.functional.cross_entropy(logits, targets[0], reduction="sum")
+        found = self(ids, torch.arange(_PROBE_TOKENS, device=ids.device)[None], targets)
+        if not torch.allclose(own, found, rtol=1e-3):
+            raise ValueError(
+                f"model.path: {type(self.model).__name__} makes its loss of more than decoder and language head "
+                f"({float(own):.4f} against {float(found):.4f}), which training does not support"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks.
+
+    Attributes:
+        loss: NLL per target of the global batch, in nats.
+        window_losses: the same for each window that the batch had.
+        num_tokens: targets of the global batch.
+        num_positions: tokens of the global batch, and ``num_pairs`` (query, key) pairs in its causal attention: what
+            its FLOPs depend on.
+        grad_norm: before clipping.
+        learning_rate: that it was taken with.
+    """
+
+    loss: float
+    window_losses: dict[str, float]
+    num_tokens: int
+    num_positions: int
+    num_pairs: float
+    grad_norm: float
+    learning_rate: float
+
+
+class MixedTrainer:
+    """FSDP2 around the model, AdamW, and the mixed-window step; one code path for gloo and NCCL.
+
+    A process group has to be there. Ranks that share a segment (``sequence_parallel``) are neighbours.
+
+    Args:
+        model: float32 master weights, on this rank's device.
+        spec: what ``read_spec`` says about it.
+        factors: of the long window.
+        settings: of the recipe.
+        num_steps: that the schedule is made for.
+        kernel: ``sdpa``, or ``flash_attention_2`` for flash-attn's varlen call.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        spec: ModelSpec,
+        factors: RescaleFactors,
+        settings: TrainSection,
+        num_steps: int,
+        kernel: str = "sdpa",
+    ) -> None:
+        degree, world = settings.sequence_parallel, dist.get_world_size()
+        check_parallel(world, spec.num_kv_heads, settings)
+        self._settings, self._factors, self._num_steps, self._world = settings, factors, num_steps, world
+        self._device = next(model.parameters()).device
+        model.requires_grad_(True).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        mesh = init_device_mesh(self._device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
+        self._data_rank, self._sequence_rank = mesh.get_local_rank("data"), mesh.get_local_rank("sequence")
+        self._rope = PinnedRope(model, spec)
+        loss = SegmentLoss(model, settings.loss_chunk_tokens)
+        loss.require_own_loss(spec.vocab_size)
+        self._attention = SegmentAttention(model, kernel, mesh.get_group("sequence") if degree > 1 else None)
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._loss = _shard(loss, model, spec, init_device_mesh(self._device.type, (world,)), settings)
+        self.optimizer = torch.optim.AdamW(
+            self._loss.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+
+    def share(self, indices: Sequence[int]) -> list[int]:
+        """Which segments of a global batch this rank works on."""
+        return list(indices[self._data_rank :: self._world // self._settings.sequence_parallel])
+
+    def step(self, step: int, segments: Sequence[Segment]) -> StepResult:
+        """One optimizer step on this rank's share of the global batch."""
+        inputs = [self._inputs(segment) for segment in segments]
+        sums = {window: [0.0, 0.0] for window in ("short", "long")}  # NLL, targets
+        for segment, (_, _, targets) in zip(segments, inputs, strict=True):
+            sums[segment.window][1] += float((targets != IGNORED).sum())
+        count = self._all_reduce([sums["short"][1] + sums["long"][1]])[0]
+        rate = learning_rate(step, self._num_steps, self._settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        for segment, (ids, positions, targets) in zip(segments, inputs, strict=True):
+            with self.window(segment):
+                nll = self._loss(ids, positions, targets)
+                # FSDP2 averages gradients over ranks; the loss is a sum over all of them
+                (nll * (self._world / max(count, 1.0))).backward()
+            sums[segment.window][0] += float(nll.detach())
+        norm = nn.utils.clip_grad_norm_(self._loss.parameters(), self._settings.max_grad_norm)
+        self.optimizer.step()
+        own_positions = float(sum(targets.numel() for _, _, targets in inputs))
+        own_pairs = sum(
+            float((np.diff(attention_ranges(segment)).astype(float) ** 2).sum() / 2) for segment in segments
+        )
+        short, num_short, long, num_long, num_positions, num_pairs = self._all_reduce(
+            [*sums["short"], *sums["long"], own_positions, own_pairs / self._settings.sequence_parallel]
+        )
+        losses = {"short": (short, num_short), "long": (long, num_long)}
+        return StepResult(
+            (short + long) / max(count, 1.0),
+            {window: total / num for window, (total, num) in losses.items() if num},
+            int(count),
+            int(num_positions),
+            num_pairs,
+            float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
+            rate,
+        )
+
+    @contextmanager
+    def window(self, segment: Segment) -> Iterator[None]:
+        """The segment's attention ranges and RoPE, for forward and backward (layers are recomputed there)."""
+        self._attention.ranges = attention_ranges(segment)
+        if segment.window == "short" and self._settings.mixed:
+            yield  # the original RoPE, bit for bit
+            return
+        with self._rope.pinned(self._factors.values, self._factors.attention_factor):
+            yield
+
+    def _inputs(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(1, t) ids, positions and targets: this rank's tokens of the segment."""
+        tokens = len(segment.input_ids) // self._settings.sequence_parallel
+        part = slice(self._sequence_rank * tokens, (self._sequence_rank + 1) * tokens)
+        arrays = (segment.input_ids, position_ids_of(segment), targets_of(segment))
+        ids, positions, targets = (
+            torch.as_tensor(array[part], dtype=torch.int64, device=self._device)[None] for array in arrays
+        )
+        return ids, positions, targets
+
+    def _all_reduce(self, numbers: list[float]) -> list[float]:
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor)
+        return [float(number) for number in tensor]
+
+    # --- state
+
+    def save(self, folder: str, step: int) -> None:
+        """Write this rank's part of a checkpoint after ``step`` steps; rate and data position follow from the step."""
+        model, optimizer = get_state_dict(self._loss, self.optimizer)
+        save_checkpoint({"model": model, "optimizer": optimizer, "step": torch.tensor(step)}, checkpoint_id=folder)
+
+    def load(self, folder: str) -> int:
+        """Take up a checkpoint, written by any number of ranks; returns its step."""
+        model, optimizer = get_state_dict(self._loss, self.optimizer)
+        step = torch.tensor(0)
+        state = {"model": model, "optimizer": optimizer, "step": step}
+        load_checkpoint(state, checkpoint_id=folder)
+        set_state_dict(self._loss, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        return int(step)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole model's float32 weights under transformers' names, on rank 0's CPU; empty elsewhere."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self._loss, options=options)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> None:
+    """Refuse a split that does not come out even; cheap, for the driver to call first.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    degree, batch = settings.sequence_parallel, settings.global_batch_size
+    if num_kv_heads % degree:
+        raise ValueError(f"train.sequence_parallel: expected a divisor of {num_kv_heads} KV heads, got {degree}")
+    if world % degree:
+        raise ValueError(f"train.sequence_parallel: expected a divisor of {world} workers, got {degree}")
+    if batch % (world // degree):
+        raise ValueError(
+            f"train.global_batch_size: expected a multiple of {world // degree} "
+            f"({world} workers / sequence_parallel {degree}), got {batch}"
+        )
+
+
+def _shard(
+    loss: SegmentLoss, model: "PreTrainedModel", spec: ModelSpec, mesh: DeviceMesh, settings: TrainSection
+) -> SegmentLoss:
+    """FSDP2 over all ranks: each layer, then the rest; compute in ``train.dtype``, gradients reduced in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[settings.dtype], reduce_dtype=torch.float32)
+    for layer in decoder_layers(model, spec.num_layers):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=policy)
+    return loss

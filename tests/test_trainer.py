@@ -1,0 +1,233 @@
+"""Training as a user runs it, on a real Ray with gloo workers: kills, resumes, refusals, what it leaves behind."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+import transformers
+from tiny_models import VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
+from tokenizers import Tokenizer, models
+
+from longrope2_ray import driver
+from longrope2_ray.export import extended_config
+from longrope2_ray.factors import RescaleFactors
+from longrope2_ray.model import load_model, read_spec
+from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
+from longrope2_ray.recipe import Recipe
+from longrope2_ray.rundir import RunDir, RunDirError
+from longrope2_ray.trainer import find_factors, prepare_training, run_training
+
+LENGTH = 96
+NUM_COSINES = 8
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with driver.ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(tiny_config("llama")).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2").save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def write_data(run_dir: RunDir, count: int = 8) -> None:
+    """Segments as ``longrope2 data`` leaves them; random tokens, both windows."""
+    rng, kinds = np.random.default_rng(0), ("short", "long")
+    cuts = {"short": [0, 40, 80, LENGTH], "long": [0, LENGTH]}
+    segments = [
+        Segment(rng.integers(3, VOCABULARY, LENGTH), np.array(cuts[kind], dtype=np.int32), kind)
+        for kind in kinds
+        for _ in range(count // 2)
+    ]
+    (run_dir.path / "data").mkdir(parents=True, exist_ok=True)
+    run_dir.write_bytes("data/segments-00000.parquet", segments_to_parquet(segments, LENGTH))
+    shard = {"name": "data/segments-00000", "rows": count, "short": count // 2, "long": count // 2}
+    run_dir.write_json(
+        MANIFEST,
+        {
+            "fingerprint": content_digest(segments),
+            "shards": [shard],
+            "rows_per_group": rows_per_group(LENGTH),
+            "target_length": LENGTH,
+            "original_length": WINDOW,
+        },
+    )
+
+
+def recipe_of(model_dir: str, **train: Any) -> Recipe:
+    settings = {
+        "factors": "yarn", "max_steps": 6, "global_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2,
+        "dtype": "float32", "checkpoint_steps": 2, "loss_chunk_tokens": 32, **train,
+    }  # fmt: skip
+    return Recipe(
+        name="test", model={"path": model_dir, "device": "cpu"}, search={"target_length": LENGTH}, train=settings
+    )
+
+
+def train(recipe: Recipe, folder: Path, observe: Any = None) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
+    """Run to the end; logged steps as their files tell them, and the model's weights."""
+    run_dir = RunDir(str(folder))
+    job, train_dir, _ = prepare_training(recipe, run_dir)
+    try:
+        run_training(job, train_dir, observe or (lambda row: None))
+    finally:
+        train_dir.close()
+    rows = [train_dir.read_json(name) for name in train_dir.names("steps")]
+    weights = load_model(str(folder / recipe.train.name / "model"), device="cpu").state_dict()
+    return rows, {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def prepared_dir(folder: Path) -> Path:
+    run_dir = RunDir(str(folder))
+    run_dir.create()
+    write_data(run_dir)
+    return folder
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: row[k] for k in ("step", "loss", "window_losses", "num_tokens", "learning_rate", "grad_norm")}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_training_ends_as_an_undisturbed_one_and_the_model_loads_everywhere(
+    tmp_path: Path, model_dir: str
+) -> None:
+    recipe = recipe_of(model_dir, max_steps=8)
+    rows, weights = train(recipe, prepared_dir(tmp_path / "whole"))
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
+
+    folder, killed = prepared_dir(tmp_path / "killed"), []
+
+    def kill_once() -> None:
+        """After the third step: between two checkpoints."""
+        while not (folder / "train" / "steps" / "0000003.json").exists():
+            time.sleep(0.02)
+        killed.extend(pid for pid in _workers() if _kill(pid))
+
+    assassin = threading.Thread(target=kill_once, daemon=True)
+    assassin.start()
+    again, same = train(recipe, folder)
+    assassin.join(timeout=10)
+    assert killed
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+    place = str(tmp_path / "whole" / "train" / "model")
+    assert (
+        read_spec(place).geometry == read_spec(model_dir).geometry
+    )  # as the base model, both windows pinned from there
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
+    rope = theirs.config.rope_parameters
+    yarn = find_factors(recipe, read_spec(model_dir), RunDir(str(tmp_path)))
+    assert rope["rope_type"] == "longrope"
+    assert rope["long_factor"] == yarn.values.tolist()
+    assert set(rope["short_factor"]) == {1.0}
+    assert theirs.config.max_position_embeddings == LENGTH
+    ids = torch.arange(3, 43)[None]
+    base = load_model(place, device="cpu")
+    assert torch.allclose(theirs(ids).logits, base(ids).logits, atol=1e-5)
+    untrained = load_model(model_dir, device="cpu")
+    assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
+
+
+def _workers() -> list[int]:
+    """Process ids of training workers on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "ray::" in line and ("RayTrainWorker" in line or "TrainWorker" in line):
+            found.append(process.pid)
+    return found
+
+
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir: str) -> None:
+    folder = prepared_dir(tmp_path)
+    recipe = recipe_of(model_dir, max_steps=2)
+    train(recipe, folder)
+    job, train_dir, resumed = prepare_training(recipe, RunDir(str(folder)))
+    assert resumed
+    assert train_dir.read_json("result.json")["step"] == 2
+    train_dir.close()
+    assert json.dumps(job.factors.values.tolist())
+    for changes, what in (({"learning_rate": 2e-3}, r"train\.learning_rate is 0\.001 there and 0\.002 now"),
+                          ({"factors": "ntk"}, r"train\.factors|fingerprint of factors")):  # fmt: skip
+        with pytest.raises(RunDirError, match=what):
+            prepare_training(recipe_of(model_dir, max_steps=2, **changes), RunDir(str(folder)))
+    _, beside, resumed = prepare_training(recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder)))
+    beside.close()
+    assert not resumed
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({}, False, "run longrope2 data first"),
+        ({"factors": "winner"}, True, r"train\.factors.*longrope2 search first"),
+        ({"factors": "nothing.json"}, True, r"train\.factors.*nothing\.json"),
+        ({"global_batch_size": 9}, True, r"train\.global_batch_size: expected at most the 8 segments"),
+        ({"sequence_parallel": 5}, True, r"train\.sequence_parallel"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(
+    tmp_path: Path, model_dir: str, train: dict[str, Any], data: bool, message: str
+) -> None:
+    run_dir = RunDir(str(tmp_path))
+    if data:
+        write_data(run_dir)
+    with pytest.raises(ValueError, match=message):
+        prepare_training(recipe_of(model_dir, **train), run_dir)
+    assert not (tmp_path / "train" / "run.json").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(tmp_path: Path, model_dir: str) -> None:
+    for changes, message in (({"num_workers": 64}, r"train\.num_workers"),
+                             ({"num_workers": 2, "global_batch_size": 3}, r"train\.global_batch_size")):  # fmt: skip
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        job, train_dir, _ = prepare_training(recipe_of(model_dir, **changes), RunDir(str(prepared_dir(folder))))
+        with pytest.raises(ValueError, match=message):
+            run_training(job, train_dir, print)
+        train_dir.close()
+    assert ray.is_initialized()
+
+
+def test_an_extended_config_keeps_both_windows() -> None:
+    model = tiny_model(tiny_config("phi3_partial"))
+    spec = spec_of(model)
+    factors = RescaleFactors(some_factors(len(spec.geometry.angles)), 1.2)
+    config = extended_config(model.config, spec, factors, LENGTH)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.75
+    assert config.rope_parameters["original_max_position_embeddings"] == WINDOW
+    assert config.rope_parameters["attention_factor"] == 1.2
+    assert model.config.rope_parameters["rope_type"] == "default"
+    assert transformers.AutoModelForCausalLM.from_config(config)
