@@ -1,10 +1,10 @@
-# Everything that a newcomer needs: `make demo` and `make test`. Dependencies are pinned in constraints.txt.
+# Everything that a newcomer needs: `make demo`, `make demo-train` and `make test`. Dependencies are pinned in constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint smollm2 clean
+.PHONY: demo demo-train test lint smollm2 clean
 
 # PyTorch first, on its own: the pinned release installs as a CPU build, and nothing later asks for another one.
 $(STAMP): pyproject.toml constraints.txt
@@ -20,6 +20,10 @@ $(VENV)/.smollm2: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/longrope2 search demo
+
+demo-train: demo
+	$(BIN)/longrope2 data demo
+	$(BIN)/longrope2 train demo
 
 smollm2: $(VENV)/.smollm2
 	$(BIN)/longrope2 search smollm2_135m

@@ -184,7 +184,7 @@ def format_manifest(manifest: dict[str, Any]) -> str:
     for reason, by_source in manifest["dropped"].items():
         lines.append(f"{reason}: {', '.join(f'{n} of {source}' for source, n in by_source.items())}")
     count, tokens = manifest["num_segments"], manifest["tokens"]
-    lines.append(f"{count['short']} short and {count['long']} long segments of {manifest['length']} tokens; "
+    lines.append(f"{count['short']} short and {count['long']} long segments of {manifest['target_length']} tokens; "
                  f"{tokens['truncated']} tokens cut off, {tokens['left_over']} left over")  # fmt: skip
     return "\n".join(lines)
 
@@ -407,7 +407,7 @@ def _manifest(
         "settings": settings,
         "settings_fingerprint": _digest(settings)[:16],
         "fingerprint": _digest([plan.length, *(shard["content"] for shard in segments)])[:16],
-        "length": plan.length,
+        "target_length": plan.length,
         "original_length": plan.original_length,
         "rows_per_group": rows_per_group(plan.length),
         "bands": bands,
