@@ -135,6 +135,7 @@ def _search(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from longrope2_ray import driver
+    from longrope2_ray.report import ReportWriter
     from longrope2_ray.rundir import RunDir
     from longrope2_ray.trainer import MODEL_FOLDER, TrainObserver, prepare_training, run_training
 
@@ -153,8 +154,10 @@ def _train(arguments: argparse.Namespace) -> int:
             result = run_training(job, train_dir, observer)
         finally:
             observer.stop()
+    ReportWriter(run_dir).finish()
     print(f"trained for {result['step']} steps, loss {result['loss']:.4f}")
-    print(train_dir.path / MODEL_FOLDER)
+    for path in (train_dir.path / MODEL_FOLDER, run_dir.path / "report.html"):
+        print(path)
     return 0
 
 

@@ -4,10 +4,11 @@ matplotlib is imported when the first figure is drawn, and only its object API i
 beside the search.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,8 @@ class ClosedGeneration:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as its directory shows it now; ``rows`` are the ledger's rows on the search's needles."""
+    """A run as its directory shows it now; ``rows`` are the ledger's rows on the search's needles, ``trainings`` the logged
+    steps of each training by its name."""
 
     facts: Mapping[str, Any]
     status: Mapping[str, Any]
@@ -75,6 +77,7 @@ class RunData:
     rows: Sequence[Score]
     geometry: RopeGeometry | None
     target_length: int
+    trainings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -121,7 +124,18 @@ def load_run(run_dir: RunDir) -> RunData:
         rows=rows,
         geometry=_geometry(facts.get("geometry") or winner),
         target_length=facts.get("target_length") or (winner or {}).get("target_length") or 0,
+        trainings=_trainings(run_dir),
     )
+
+
+def _trainings(run_dir: RunDir) -> dict[str, list[dict[str, Any]]]:
+    """Logged steps of every folder that holds a training, in order."""
+    found = {}
+    for folder in sorted(path.name for path in run_dir.path.iterdir() if path.is_dir()):
+        names = run_dir.names(f"{folder}/steps")
+        if rows := [row for name in names if (row := run_dir.read_or_skip(name))]:
+            found[folder] = rows
+    return found
 
 
 def _geometry(body: Mapping[str, Any] | None) -> RopeGeometry | None:
@@ -378,6 +392,26 @@ def draw_units(run: RunData) -> "Figure":
     return figure
 
 
+def draw_training(run: RunData) -> "Figure":
+    """Loss of each training by step, short and long segments apart."""
+    figure, axes = _figure(6.4, 2.8, columns=2)
+    colours = [style[1] for style in STYLES.values()]
+    for ax, window in zip(axes, ("short", "long"), strict=True):
+        for colour, (name, rows) in zip(itertools.cycle(colours), run.trainings.items(), strict=False):
+            points = [(row["step"], row["window_losses"][window]) for row in rows if window in row["window_losses"]]
+            if points:
+                steps, losses = np.array(points).T
+                ax.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
+                width = max(len(losses) // 10, 1)  # a running mean over a tenth of what was logged
+                smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+                ax.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.6, label=name)
+        _label(ax, "optimizer step", f"loss, {window} segments")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=min(len(labels), 4))
+    return figure
+
+
 # PNG, how it is drawn, its caption
 FIGURES: tuple[tuple[str, Callable[[RunData], "Figure"], str], ...] = (
     ("factors.png", draw_factors,
@@ -390,4 +424,9 @@ FIGURES: tuple[tuple[str, Callable[[RunData], "Figure"], str], ...] = (
     ("units.png", draw_units,
      "Units of work, (candidate, sample): scored, or never scored because racing stopped the candidate; time per unit by "
      "scorer; the part of the scorers' time that went into units."),
+)  # fmt: skip
+
+TRAINING: tuple[str, Callable[[RunData], "Figure"], str] = (
+    "training.png", draw_training, "Loss in nats per token by the window of the segments: each logged step, and the mean "
+    "over a tenth of them.",
 )  # fmt: skip

@@ -15,7 +15,17 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from longrope2_ray.factors import assemble
-from longrope2_ray.figures import DPI, FIGURES, NOT_YET, STYLES, RunData, draw_factors, draw_message, load_run
+from longrope2_ray.figures import (
+    DPI,
+    FIGURES,
+    NOT_YET,
+    STYLES,
+    TRAINING,
+    RunData,
+    draw_factors,
+    draw_message,
+    load_run,
+)
 from longrope2_ray.rundir import RunDir
 from longrope2_ray.search import Status
 
@@ -173,6 +183,23 @@ def _factor_rows(run: RunData) -> Iterator[tuple[str, str, str]]:
             yield str(dim), f"{period:.1f}", f"{factor:.6g}"
 
 
+TRAINING_HEADINGS = ("training", "steps", "loss, short", "loss, long", "tokens", "tokens/s")
+
+
+def _training_rows(run: RunData) -> Iterator[tuple[str, ...]]:
+    """Where each training stands: losses of the last tenth of its logged steps, median pace."""
+    for name, rows in run.trainings.items():
+        last = rows[-max(len(rows) // 10, 1) :]
+        losses = [[row["window_losses"][w] for row in last if w in row["window_losses"]] for w in ("short", "long")]
+        yield (
+            name,
+            f"{rows[-1]['step']} of {rows[-1]['num_steps']}",
+            *(f"{statistics.fmean(values):.3f}" if values else "-" for values in losses),
+            f"{rows[-1]['step'] * rows[-1]['num_positions']:,}",
+            f"{statistics.median(row['tokens_per_second'] for row in rows):,.0f}",
+        )
+
+
 def render_html(run: RunData, figures: Mapping[str, str]) -> str:
     """The page; ``figures`` is the name of a PNG -> data URL."""
     name = escape(str(run.recipe.get("name") or run.status.get("name") or "run"))
@@ -187,10 +214,16 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
     if rows := list(_factor_rows(run)):
         table = _table(("dimension", "period (tokens)", "factor"), rows)
         factors = f"<details><summary>Factors by dimension</summary>\n{table}</details>\n"
-    shown = "".join(
-        f'<figure><img alt="{escape(file)}" src="{figures[file]}"><figcaption>{escape(caption)}</figcaption></figure>\n'
-        for file, _, caption in FIGURES
-    )
+
+    def show(file: str, caption: str) -> str:
+        image = f'<img alt="{escape(file)}" src="{figures[file]}">'
+        return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+    shown = "".join(show(file, caption) for file, _, caption in FIGURES)
+    training = ""
+    if run.trainings:
+        file, _, caption = TRAINING
+        training = f"<h2>Training</h2>\n{_table(TRAINING_HEADINGS, _training_rows(run))}{show(file, caption)}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 {refresh}<title>{name}: LongRoPE2 search</title>
@@ -200,7 +233,7 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
 <h2>{"Result" if run.winner else "Best so far"}</h2>
 {_table((), _result_facts(run))}{comparison}
 <h2>Figures</h2>
-{shown}<h2>Run</h2>
+{shown}{training}<h2>Run</h2>
 {_table((), _run_facts(run))}
 {factors}<details><summary>Recipe</summary><pre>{escape(run.recipe_toml)}</pre></details>
 </body></html>
@@ -214,8 +247,8 @@ def write_report(run_dir: RunDir) -> list[Any]:
         RunDirError: if the directory cannot be read or written.
     """
     run, urls = load_run(run_dir), {}
-    for name, draw, _ in FIGURES:
-        figure = draw(run) if run.generations or draw is draw_factors else draw_message(NOT_YET)
+    for name, draw, _ in (*FIGURES, *([TRAINING] if run.trainings else [])):
+        figure = draw(run) if run.generations or draw in (draw_factors, TRAINING[1]) else draw_message(NOT_YET)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=DPI)
         figure.set_layout_engine("none")  # it stays as laid out; doing it again would take as long as drawing

@@ -233,3 +233,27 @@ def test_writer_survives_a_failing_report(tmp_path, caplog):
     assert winner["report"]
     assert [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage()) == len(caplog.records) == 1
     assert "no space" in caplog.text
+
+
+def test_trainings_beside_each_other_have_their_losses_in_the_report(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.create()
+    run_dir.write_json("run.json", {"recipe": {"name": "toy"}, "fingerprints": {}})
+    for name, num_logged in (("mixed", 20), ("plain", 3)):
+        (tmp_path / name / "steps").mkdir(parents=True)
+        for step in range(1, num_logged + 1):
+            losses = {"long": 4 - step / 10} if step % 2 else {"short": 3.0, "long": 4 - step / 10}
+            row = {
+                "step": step,
+                "num_steps": 20,
+                "window_losses": losses,
+                "num_positions": 4096,
+                "tokens_per_second": 1234.4,
+            }
+            run_dir.write_json(f"{name}/steps/{step:07d}.json", row)
+    assert {path.name for path in write_report(run_dir)} == NAMES | {"training.png"}
+    page = html.unescape((tmp_path / "report.html").read_text())
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", page)]
+    assert ["mixed", "20", "of", "20", "3.000", "2.050", "81,920", "1,234"] in rows
+    assert ["plain", "3", "of", "20", "-", "3.700", "12,288", "1,234"] in rows
+    assert 'alt="training.png"' in page
