@@ -21,7 +21,10 @@ $(VENV)/.smollm2: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/longrope2 search demo
 
-demo-train: demo
+runs/retrieval.jsonl: $(STAMP) jobs/retrieval_documents.py
+	$(BIN)/python jobs/retrieval_documents.py --out $@
+
+demo-train: demo runs/retrieval.jsonl
 	$(BIN)/longrope2 data demo
 	$(BIN)/longrope2 train demo
 
