@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import tomli_w
 import torch
 import transformers
 from tiny_models import VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
@@ -27,6 +30,7 @@ from longrope2_ray.recipe import Recipe
 from longrope2_ray.rundir import RunDir, RunDirError
 from longrope2_ray.trainer import find_factors, prepare_training, run_training
 
+ROOT = Path(__file__).parents[1]
 LENGTH = 96
 NUM_COSINES = 8
 
@@ -108,24 +112,46 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_training_ends_as_an_undisturbed_one_and_the_model_loads_everywhere(
+def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
     tmp_path: Path, model_dir: str
 ) -> None:
-    recipe = recipe_of(model_dir, max_steps=8)
+    """First the command is killed with -9, then, in the same command again, a worker: each between two checkpoints."""
+    recipe = recipe_of(model_dir, max_steps=30, checkpoint_steps=4)
     rows, weights = train(recipe, prepared_dir(tmp_path / "whole"))
-    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows] == list(range(1, 31))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
 
-    folder, killed = prepared_dir(tmp_path / "killed"), []
+    folder = prepared_dir(tmp_path / "killed")
+    (tmp_path / "test.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    command = [
+        sys.executable,
+        "-m",
+        "longrope2_ray.cli",
+        "train",
+        str(tmp_path / "test.toml"),
+        "--run-dir",
+        str(folder),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(folder, 6, lambda: first.poll() is None)
+    orphans = training_workers(first.pid)
+    first.kill()
+    first.wait()
+    assert not (folder / "train" / "result.json").exists()
+    assert orphans
+    assert not psutil.wait_procs(orphans, timeout=60)[1], "they go with their Ray"
 
-    def kill_once() -> None:
-        """After the third step: between two checkpoints."""
-        while not (folder / "train" / "steps" / "0000003.json").exists():
-            time.sleep(0.02)
-        killed.extend(pid for pid in _workers() if _kill(pid))
+    killed: list[int] = []
 
-    assassin = threading.Thread(target=kill_once, daemon=True)
+    def kill_a_worker() -> None:
+        wait_for_step(folder, 18, lambda: True)
+        for process in training_workers(os.getpid()):
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.pid)
+
+    assassin = threading.Thread(target=kill_a_worker, daemon=True)
     assassin.start()
     again, same = train(recipe, folder)
     assassin.join(timeout=10)
@@ -151,22 +177,18 @@ def test_a_killed_training_ends_as_an_undisturbed_one_and_the_model_loads_everyw
     assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
 
 
-def _workers() -> list[int]:
-    """Process ids of training workers on this machine."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "ray::" in line and ("RayTrainWorker" in line or "TrainWorker" in line):
-            found.append(process.pid)
-    return found
+def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not (folder / "train" / "steps" / f"{step:07d}.json").exists():
+        assert alive(), "the training ended before it could be killed"
+        assert time.monotonic() - began < 250, "no steps came"
+        time.sleep(0.01)
 
 
-def _kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
+def training_workers(driver_pid: int) -> list[psutil.Process]:
+    """Training workers of the Ray that this driver started, and of no other."""
+    children = psutil.Process(driver_pid).children(recursive=True)
+    return [process for process in children if "TrainWorker" in process.name() + " ".join(process.cmdline())]
 
 
 @pytest.mark.usefixtures("cluster")
