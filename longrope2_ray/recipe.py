@@ -283,6 +283,12 @@ class TrainSection(Section):
         100, ge=-1, description="Deaths of a worker or node that one command survives; -1 for no limit."
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSection":
+        if self.name in ("data", "scores", "generations"):
+            raise ValueError(f"name: expected a folder of its own in the run directory, got {self.name!r}")
+        return self
+
 
 class Recipe(BaseSettings):
     """A whole run. Unknown keys are refused, with the nearest valid one."""

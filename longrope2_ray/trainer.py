@@ -4,6 +4,7 @@ State is derived: a checkpoint holds weights, optimizer and step, and the step a
 worker killed at any moment costs the steps since the last checkpoint and no segment is trained twice or skipped.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -104,13 +105,17 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     prints = {
         "model": model_fingerprint(model.path, **where),
         "data": reader.fingerprint,
-        "factors": json.dumps([factors.values.tolist(), factors.attention_factor]),
+        "factors": f"{factors.source} {_digest([factors.values.tolist(), factors.attention_factor])}",
     }
     train_dir = RunDir(str(run_dir.path / settings.name), folders=("steps",))
     facts = {"num_segments": len(reader), "source": factors.source}
     resumed = train_dir.open(flat, prints, recipe.model_dump(mode="json"), facts)
     url = str(run_dir.path.absolute()) if run_dir.local else run_dir.url
     return TrainJob(recipe, spec, factors, settings.max_steps or epoch, url, uuid.uuid4().hex), train_dir, resumed
+
+
+def _digest(numbers: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
 
 
 def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:

@@ -22,11 +22,12 @@ from tiny_models import VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, 
 from tokenizers import Tokenizer, models
 
 from longrope2_ray import driver
+from longrope2_ray.cli import main
 from longrope2_ray.export import extended_config
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.model import load_model, read_spec
 from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
-from longrope2_ray.recipe import Recipe
+from longrope2_ray.recipe import Recipe, StoppedError
 from longrope2_ray.rundir import RunDir, RunDirError
 from longrope2_ray.trainer import find_factors, prepare_training, run_training
 
@@ -229,6 +230,31 @@ def test_mistakes_are_named_before_anything_is_loaded(
     with pytest.raises(ValueError, match=message):
         prepare_training(recipe_of(model_dir, **train), run_dir)
     assert not (tmp_path / "train" / "run.json").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, model_dir: str) -> None:
+    """A worker's error does not start it over and over, and the next command may go on."""
+    wild = recipe_of(model_dir, learning_rate=1e30, warmup_steps=0)
+    job, train_dir, _ = prepare_training(wild, RunDir(str(prepared_dir(tmp_path))))
+    with pytest.raises(StoppedError, match=r"the loss of step \d is .* lower train\.learning_rate"):
+        run_training(job, train_dir, lambda row: None)
+    train_dir.close()
+    stopped = train_dir.read_json("stop.json")
+    assert stopped["attempt"] == job.attempt
+    again, train_dir, resumed = prepare_training(wild, RunDir(str(tmp_path)))
+    train_dir.close()
+    assert resumed
+    assert again.attempt != job.attempt
+
+
+def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "debug", "--run-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run longrope2 data first" in error
+    assert main(["train", "debug", "--run-dir", str(tmp_path), "--train.name", "scores"]) == 2
+    assert "train.name: expected a folder of its own" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cluster")
