@@ -5,7 +5,7 @@
 
 Searches, packs the data and trains each variant with the commands that a user has (all of them resume), then scores every
 model under the window that a prompt of that length gets: the original RoPE up to the original length, the rescaled one
-beyond. Needles of unseen keys stand at five depths in held-out text; perplexity is that of held-out text.
+beyond, and the rescaled one everywhere where nothing else was trained (not mixed). Needles of unseen keys stand at five depths in held-out text; perplexity is that of held-out text.
 """
 
 import argparse
@@ -63,13 +63,13 @@ class Judge:
         ids = [tokenizer.encode(book.text[: 12 * longest], add_special_tokens=False)[:longest] for book in books]
         self.texts = [np.asarray([tokenizer.bos_token_id, *one][:longest]) for one in ids if len(one) == longest]
 
-    def table(self, path: str, factors: RescaleFactors) -> dict[int, tuple[float, float, float]]:
+    def table(self, path: str, factors: RescaleFactors, mixed: bool) -> dict[int, tuple[float, float, float]]:
         """Length -> (needle accuracy, needle perplexity, perplexity of the last quarter of held-out text)."""
         model = load_model(path, device="cpu")
         scorer, rope = NeedleScorer(model, self.spec), PinnedRope(model, self.spec)
         rows = {}
         for length in self.lengths:
-            short = length <= self.spec.original_length
+            short = mixed and length <= self.spec.original_length
             values = np.ones_like(factors.values) if short else factors.values
             attention = 1.0 if short else factors.attention_factor
             scores = [scorer.score(sample, values, attention) for sample in self.needles[length]]
@@ -116,7 +116,7 @@ def main() -> None:
         fields = [f"--train.{key}={value}" for key, value in settings.items()]
         vectors[name] = find_factors(load_recipe(args.recipe, [*overrides, *fields]), spec, run_dir)
         if name.endswith(", mixed"):
-            record(name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name]))
+            record(name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name], True))
         for seed in range(seeds or args.seeds):
             folder = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             longrope2(
@@ -128,7 +128,8 @@ def main() -> None:
                 f"--train.seed={seed}",
                 f"--train.name={folder}",
             )
-            record(name, seed, judge.table(str(Path(args.run_dir) / folder / "model"), vectors[name]))
+            model = str(Path(args.run_dir) / folder / "model")
+            record(name, seed, judge.table(model, vectors[name], settings.get("mixed") != "false"))
     print("\n| needle accuracy / needle perplexity / text perplexity | " + " | ".join(map(str, lengths)) + " | seeds |")
     print("|---|" + "---|" * (len(lengths) + 1))
     for name, runs in results.items():
