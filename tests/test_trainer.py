@@ -112,6 +112,7 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: row[k] for k in ("step", "loss", "window_losses", "num_tokens", "learning_rate", "grad_norm")}
 
 
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
 def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
     tmp_path: Path, model_dir: str
@@ -182,7 +183,7 @@ def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
     began = time.monotonic()
     while not (folder / "train" / "steps" / f"{step:07d}.json").exists():
         assert alive(), "the training ended before it could be killed"
-        assert time.monotonic() - began < 250, "no steps came"
+        assert time.monotonic() - began < 600, "no steps came"
         time.sleep(0.01)
 
 
@@ -192,6 +193,7 @@ def training_workers(driver_pid: int) -> list[psutil.Process]:
     return [process for process in children if "TrainWorker" in process.name() + " ".join(process.cmdline())]
 
 
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
 def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir: str) -> None:
     folder = prepared_dir(tmp_path)
@@ -232,6 +234,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     assert not (tmp_path / "train" / "run.json").exists()
 
 
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
 def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, model_dir: str) -> None:
     """A worker's error does not start it over and over, and the next command may go on."""
@@ -257,6 +260,7 @@ def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: py
     assert "train.name: expected a folder of its own" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
 def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(tmp_path: Path, model_dir: str) -> None:
     for changes, message in (({"num_workers": 64}, r"train\.num_workers"),
