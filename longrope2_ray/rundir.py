@@ -200,9 +200,10 @@ class RunDir:
         self._take_lock()
         wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
         found = self.read_or_skip("run.json")
-        if found is None and self.names("scores"):
+        held = next((folder for folder in self._folders if self.names(folder)), None)
+        if found is None and held:
             raise RunDirError(
-                f"--run-dir: {self.url} holds scores but no readable run.json that says of what; set another --run-dir"
+                f"--run-dir: {self.url} holds {held} but no readable run.json that says of what; set another --run-dir"
             )
         if found is not None:
             for kind in ("recipe", "fingerprints"):

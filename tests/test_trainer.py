@@ -208,6 +208,9 @@ def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir:
                           ({"factors": "ntk"}, r"train\.factors|fingerprint of factors")):  # fmt: skip
         with pytest.raises(RunDirError, match=what):
             prepare_training(recipe_of(model_dir, max_steps=2, **changes), RunDir(str(folder)))
+    (folder / "train" / "run.json").write_text("{")  # torn: nothing says what the checkpoints are of
+    with pytest.raises(RunDirError, match=r"holds steps but no readable run\.json"):
+        prepare_training(recipe, RunDir(str(folder)))
     _, beside, resumed = prepare_training(recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder)))
     beside.close()
     assert not resumed
