@@ -43,10 +43,8 @@ class RayMetrics:
             if value is not None:
                 gauge.set(value, self._tags)
         for state, count in status.scorers.items():
-            if state == "requeued":
-                self._requeued.set(count, self._tags)
-            else:
-                self._scorers.set(count, {**self._tags, "state": state})
+            self._scorers.set(count, {**self._tags, "state": state})
+        self._requeued.set(status.losses.get("requeued", 0), self._tags)
 
 
 def log_generation(status: Status, event: str) -> None:

@@ -132,7 +132,8 @@ class ScorerPool:
         self._slots: dict[str, _Slot] = {}
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
-        self._made = self._failed_starts = self._requeued = 0
+        self._losses = dict.fromkeys(("requeued", "deaths", "preemptions", "stalls", "disputed"), 0)
+        self._made = self._failed_starts = 0
         self._resized, self._last_ready = -math.inf, time.monotonic()
         self._resize()
 
@@ -171,11 +172,15 @@ class ScorerPool:
         return scores
 
     def counts(self) -> dict[str, int]:
-        """Scorers by state, and how many units were requeued."""
+        """Scorers by state."""
         slots = self._slots.values()
         ready = sum(s.ready for s in slots)
         busy = sum(s.unit is not None for s in slots)
-        return {"starting": len(slots) - ready, "idle": ready - busy, "busy": busy, "requeued": self._requeued}
+        return {"starting": len(slots) - ready, "idle": ready - busy, "busy": busy}
+
+    def losses(self) -> dict[str, int]:
+        """What went wrong and was mended, by kind."""
+        return dict(self._losses)
 
     def process_ids(self) -> dict[str, int]:
         """Name -> process id of the scorers that are up; for tests and people."""
@@ -246,7 +251,7 @@ class ScorerPool:
         log.warning("%s %s while %s: %s; %s", name, kind, doing, message, hint)
         if unit is not None:
             self._queue.appendleft(unit)
-            self._requeued += 1
+            self._losses["requeued"] += 1
 
     def _drop(self, slot: _Slot) -> None:
         """Forget an actor; the next resize makes up for it."""

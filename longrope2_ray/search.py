@@ -55,12 +55,20 @@ class Scorers(Protocol):
         """Scores that have come in, after waiting a little for the first; may be empty."""
 
     def counts(self) -> Mapping[str, int]:
-        """Scorers by state, and ``requeued`` units."""
+        """Scorers by state: ``starting``, ``idle``, ``busy``."""
+
+    def losses(self) -> Mapping[str, int]:
+        """What went wrong and was mended since the start: ``requeued`` units, ``deaths`` of scorers, ``preemptions`` among
+        them, ``stalls``, and units that were ``disputed`` because a number was not finite."""
 
 
 @dataclass
 class Status:
-    """Where a run stands; what the progress bar, the log, ``status.json`` and the metrics show."""
+    """Where a run stands; what the progress bar, the log, ``status.json`` and the metrics show.
+
+    Perplexities are of the survivors, ``critical_dims`` counts them; ``units_ahead`` were scored for candidates that no
+    generation has asked for yet; ``committed_at`` is the Unix time of the last commit to the ledger.
+    """
 
     name: str
     state: str = "starting"
@@ -76,6 +84,11 @@ class Status:
     elapsed_seconds: float = 0.0
     eta_seconds: float | None = None
     scorers: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, int] = field(default_factory=dict)
+    worst_ppl: float | None = None
+    critical_dims: dict[str, int] = field(default_factory=dict)
+    units_ahead: int = 0
+    committed_at: float | None = None
 
 
 Observer = Callable[[Status, str], None]  # (status, "units" | "generation" | "end")
@@ -193,7 +206,9 @@ class SearchRun:
         status.unit_seconds = statistics.median(self._recent) if self._recent else None
         status.elapsed_seconds = time.monotonic() - self._began
         status.eta_seconds = self._eta(race)
-        status.scorers = dict(self._scorers.counts())
+        status.scorers, status.losses = dict(self._scorers.counts()), dict(self._scorers.losses())
+        if scores:
+            status.committed_at = round(time.time(), 3)
         now = time.monotonic()
         if now - self._last_status >= STATUS_SECONDS:
             self._last_status = now
@@ -236,7 +251,10 @@ class SearchRun:
         finite = [ppl for ppl in ppls if ppl is not None]
         status = self.status
         status.generation, status.best_critical_dim = index, self._evolution.best.critical_dim
-        status.best_ppl, status.median_ppl = (finite[0], statistics.median(finite)) if finite else (None, None)
+        status.best_ppl = finite[0] if finite else None
+        status.median_ppl, status.worst_ppl = (statistics.median(finite), finite[-1]) if finite else (None, None)
+        dims = sorted(c.critical_dim for c in generation.survivors)
+        status.critical_dims = {str(dim): dims.count(dim) for dim in dict.fromkeys(dims)}
         status.units_raced_out += race.num_units_saved
         self._tell_observer("generation")
 

@@ -11,7 +11,7 @@ from longrope2_ray.metrics import ProgressBar, RayMetrics, format_seconds, log_g
 from longrope2_ray.search import Status
 
 STATUS = Status(
-    "seen", "searching", 3, 8, 1.25, 1.5, 12, 100, 20, 30, 0.5, 60.0, 90.0, {"busy": 2, "idle": 1, "requeued": 4}
+    "seen", "searching", 3, 8, 1.25, 1.5, 12, 100, 20, 30, 0.5, 60.0, 90.0, {"busy": 2, "idle": 1}, {"requeued": 4}
 )
 
 

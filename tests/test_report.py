@@ -67,6 +67,9 @@ class ToyScorers:
     def counts(self) -> Mapping[str, int]:
         return {"busy": len(self._queue)}
 
+    def losses(self) -> Mapping[str, int]:
+        return {}
+
 
 def open_run(path: object) -> RunDir:
     run_dir = RunDir(str(path))

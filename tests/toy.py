@@ -87,7 +87,10 @@ class ToyScorers:
         return [self._complete() for _ in range(min(count, len(self._in_flight)))]
 
     def counts(self) -> Mapping[str, int]:
-        return {"busy": len(self._in_flight), "idle": self.free(), "requeued": 0}
+        return {"busy": len(self._in_flight), "idle": self.free()}
+
+    def losses(self) -> Mapping[str, int]:
+        return {}
 
     def _complete(self) -> Score:
         unit = self._in_flight.pop(0 if self._rng is None else self._rng.randrange(len(self._in_flight)))
