@@ -98,7 +98,9 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
         "target_length": prepared.recipe.search.target_length,
         "num_samples": prepared.recipe.needles.num_samples,
     }
-    return run_dir.open(flat, prepared.fingerprints, prepared.recipe.model_dump(mode="json"), facts)
+    resumed = run_dir.open(flat, prepared.fingerprints, prepared.recipe.model_dump(mode="json"), facts)
+    run_dir.patience_seconds = prepared.recipe.storage.patience_seconds  # from here on something could be lost
+    return resumed
 
 
 @contextmanager
@@ -129,6 +131,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         raise ValueError(f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}") from error
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is brief
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
@@ -203,7 +206,13 @@ def _require_memory(prepared: Prepared, num_scorers: int) -> None:
 
 
 def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer]) -> dict[str, Any]:
-    """The search of an opened run, from start or resumed, to its ``winner.json``."""
+    """The search of an opened run, from start or resumed, to its ``winner.json``.
+
+    Raises:
+        FencedError: if a newer driver takes the run directory over.
+        StoppedError: if it cannot go on.
+    """
+    run_dir.take_over()
     with scorer_pool(prepared) as pool:
         run = SearchRun(
             prepared.recipe,

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -39,9 +40,18 @@ class Scorer:
     """
 
     def __init__(self, model: ModelSection, settings: ScorerSection, needle_sets: Mapping[str, Sequence[NeedleSample]]):
+        self._model, self._settings, self._needle_sets = model, settings, needle_sets
+
+    def place(self) -> int:
+        """Process id, as soon as the actor has a place in the cluster."""
+        return os.getpid()
+
+    def ready(self) -> None:
+        """Load the model; returns once it is resident."""
         from longrope2_ray.model import load_model, read_spec
         from longrope2_ray.scoring import NeedleScorer
 
+        model, settings = self._model, self._settings
         where = {"gguf_file": model.gguf_file, "revision": model.revision}
         spec = read_spec(model.path, original_length=model.original_length, **where)
         loaded = load_model(
@@ -54,11 +64,6 @@ class Scorer:
             threads=settings.threads,
         )
         self._scorer = NeedleScorer(loaded, spec, mlp_chunk_tokens=settings.mlp_chunk_tokens)
-        self._needle_sets = needle_sets
-
-    def ready(self) -> int:
-        """Process id, once the model is resident."""
-        return os.getpid()
 
     def score(
         self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float
@@ -75,7 +80,9 @@ class Decision(Enum):
     STOP = "stop"
 
 
-def decide(kind: Literal["died", "raised"], message: str, attempts: int, max_attempts: int) -> tuple[Decision, str]:
+def decide(
+    kind: Literal["died", "raised"], message: str, attempts: int, max_attempts: int, fitted: bool = False
+) -> tuple[Decision, str]:
     """What to do about a failure, and why (which recipe field mends it).
 
     Args:
@@ -83,37 +90,44 @@ def decide(kind: Literal["died", "raised"], message: str, attempts: int, max_att
         message: of the error.
         attempts: how often this unit (or start) has been tried.
         max_attempts: how often it may be.
+        fitted: whether this scorer has scored units before, so that memory was enough.
     """
     lowered = message.lower()
     if "out of memory" in lowered or "outofmemory" in lowered:
         hint = "the model at this length does not fit: set scorer.gpus_per_scorer or lower scorer.mlp_chunk_tokens, " \
                "model.dtype = 'bfloat16', or fewer scorers (scorer.num_scorers)"  # fmt: skip
-        return (Decision.STOP if kind == "raised" or attempts >= max_attempts else Decision.RETRY), hint
+        again = (kind == "died" or fitted) and attempts < max_attempts
+        return (Decision.RETRY if again else Decision.STOP), hint
     if attempts >= max_attempts:
         return Decision.STOP, f"{attempts} attempts failed (scorer.max_attempts)"
     return Decision.RETRY, "another scorer takes it"
 
 
+Stage = Literal["placing", "loading", "idle", "busy"]
+
+
 @dataclass
 class _Slot:
-    """One actor as the driver sees it."""
+    """One actor as the driver sees it: waiting for a place in the cluster, loading, idle, or busy with a unit."""
 
     name: str
     actor: ActorHandle
-    ref: Any
-    since: float
-    ready: bool = False
+    stage: Stage = "placing"
+    since: float = 0.0  # monotonic time of the stage
     unit: Unit | None = None
+    handed_out: float = 0.0  # Unix time, for the record
+    process: int = 0
+    num_scored: int = 0
 
 
 class ScorerPool:
     """Keeps ``num_scorers`` actors (or as many as the cluster has room for) and hands units to free ones.
 
     Args:
-        make_actor: name -> a new actor with methods ``ready()`` and ``score(needle_set, sample, values, factor)``.
+        make_actor: name -> a new actor with methods ``place()``, ``ready()`` and ``score(needle_set, sample, values, factor)``.
         num_scorers: how many; 0 follows the size of the cluster.
         resources: what one actor takes, e.g. ``{"CPU": 1, "GPU": 1}``.
-        settings: attempts, stall and start limits.
+        settings: attempts, stall, load and start limits.
     """
 
     def __init__(
@@ -130,19 +144,22 @@ class ScorerPool:
             settings,
         )
         self._slots: dict[str, _Slot] = {}
+        self._idle: dict[str, _Slot] = {}
+        self._asked: dict[Any, _Slot] = {}  # reference to an answer that has not come yet -> who owes it
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
+        self._disputed: dict[tuple[str, str, int], str] = {}  # unit -> who said that its score is not finite
         self._losses = dict.fromkeys(("requeued", "deaths", "preemptions", "stalls", "disputed"), 0)
         self._made = self._failed_starts = 0
         self._resized, self._last_ready = -math.inf, time.monotonic()
+        self._next_start = -math.inf
         self._resize()
 
     # --- the Scorers protocol
 
     def free(self) -> int:
         """Idle scorers that no queued unit waits for."""
-        self._dispatch()
-        return sum(slot.ready and slot.unit is None for slot in self._slots.values()) - len(self._queue)
+        return len(self._idle) - len(self._queue)
 
     def submit(self, unit: Unit) -> None:
         """Queue a unit; the next idle scorer takes it."""
@@ -157,26 +174,32 @@ class ScorerPool:
         """
         self._resize()
         self._replace_stalled()
-        busy = {slot.ref: slot for slot in self._slots.values() if slot.ref is not None}
-        if not busy:
-            self._check_starting()
+        self._dispatch()
+        if self._asked:
+            ray.wait(list(self._asked), num_returns=1, timeout=1.0)
+        else:
             time.sleep(0.2)
-            return []
-        refs = list(busy)
-        done, _ = ray.wait(refs, num_returns=1, timeout=1.0)
-        if done:
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        scores = [score for ref in done if (score := self._collect(busy[ref]))]
+        scores = self.flush()
         self._check_starting()
         self._dispatch()
         return scores
 
+    def flush(self) -> list[Score]:
+        """Scores that have come in by now; hands out nothing new.
+
+        Raises:
+            StoppedError: if a failure will not mend.
+        """
+        if not (refs := list(self._asked)):
+            return []
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [score for ref in done if ref in self._asked and (score := self._collect(ref))]
+
     def counts(self) -> dict[str, int]:
         """Scorers by state."""
-        slots = self._slots.values()
-        ready = sum(s.ready for s in slots)
-        busy = sum(s.unit is not None for s in slots)
-        return {"starting": len(slots) - ready, "idle": ready - busy, "busy": busy}
+        stages = [slot.stage for slot in self._slots.values()]
+        idle, busy = stages.count("idle"), stages.count("busy")
+        return {"starting": len(stages) - idle - busy, "idle": idle, "busy": busy}
 
     def losses(self) -> dict[str, int]:
         """What went wrong and was mended, by kind."""
@@ -184,106 +207,166 @@ class ScorerPool:
 
     def process_ids(self) -> dict[str, int]:
         """Name -> process id of the scorers that are up; for tests and people."""
-        up = {s.name: s.actor.ready.remote() for s in self._slots.values() if s.ready}
-        return dict(zip(up, ray.get(list(up.values()), timeout=60), strict=True))
+        return {slot.name: slot.process for slot in self._slots.values() if slot.stage in ("idle", "busy")}
 
     def close(self) -> None:
         """Stop every scorer."""
         for slot in self._slots.values():
-            ray.kill(slot.actor)
+            with suppress(Exception):  # Ray itself may be gone
+                ray.kill(slot.actor)
         self._slots.clear()
 
     # --- one actor's life
 
-    def _dispatch(self) -> None:
-        for slot in self._slots.values():
-            if not self._queue:
-                return
-            if slot.ready and slot.unit is None:
-                unit = self._queue.popleft()
-                slot.unit, slot.since = unit, time.time()
-                slot.ref = slot.actor.score.remote(
-                    unit.needle_set, unit.sample, unit.factors.values.tolist(), unit.factors.attention_factor
-                )
+    def _enter(self, slot: _Slot, stage: Stage, ref: Any = None) -> None:
+        slot.stage, slot.since = stage, time.monotonic()
+        self._idle.pop(slot.name, None)
+        if stage == "idle":
+            self._idle[slot.name] = slot
+        else:
+            self._asked[ref] = slot
 
-    def _collect(self, slot: _Slot) -> Score | None:
-        """The score that an actor came back with; None if it only became ready, or failed and its unit was requeued."""
-        ref, unit, slot.ref, slot.unit = slot.ref, slot.unit, None, None
+    def _dispatch(self) -> None:
+        while self._queue and self._idle:
+            unit = self._queue[0]
+            doubter = self._disputed.get(unit.key)
+            slot = next((s for s in self._idle.values() if s.name != doubter), None)
+            if slot is None:
+                if any(s.stage == "busy" for s in self._slots.values()):
+                    return  # a second opinion takes a second scorer, and there is one
+                slot = self._idle[str(doubter)]
+            self._queue.popleft()
+            slot.unit, slot.handed_out = unit, time.time()
+            factors = unit.factors
+            arguments = (unit.needle_set, unit.sample, factors.values.tolist(), factors.attention_factor)
+            self._enter(slot, "busy", slot.actor.score.remote(*arguments))
+
+    def _collect(self, ref: Any) -> Score | None:
+        """The score that an actor came back with; None if it only came up, or failed and its unit was requeued."""
+        slot = self._asked.pop(ref)
+        unit, slot.unit = slot.unit, None
         try:
             answer = ray.get(ref)
         except RayTaskError as error:  # the scorer raised; its process lives
             cause = error.cause if isinstance(error.cause, Exception) else error
-            self._failed(slot.name, unit, "raised", f"{type(cause).__name__}: {cause}")
+            self._failed(slot, unit, "raised", f"{type(cause).__name__}: {cause}")
             return None
-        except RayError as error:  # its process or node is gone, or it never came up
-            self._drop(slot)
-            self._failed(slot.name, unit, "raised" if "creation task" in str(error) else "died", str(error))
+        except RayError as error:  # its process or node is gone
+            self._losses["deaths"] += 1
+            self._losses["preemptions"] += getattr(error, "preempted", False)
+            blameless = getattr(error, "preempted", False) or "node has died" in str(error)
+            self._failed(slot, unit, "died", str(error), blameless)
             return None
+        if slot.stage == "placing":
+            slot.process = answer
+            self._enter(slot, "loading", slot.actor.ready.remote())
+            return None
+        self._enter(slot, "idle")
         if unit is None:
-            slot.ready, self._failed_starts, self._last_ready = True, 0, time.monotonic()
+            self._failed_starts, self._last_ready = 0, time.monotonic()
             log.info("%s is ready", slot.name)
             return None
-        self._attempts.pop(unit.key, None)
-        nll_sum, num_tokens, correct, seconds = answer
-        if not math.isfinite(nll_sum):
-            log.warning(
-                "%s gave %s on sample %d of %s: it is out", unit.vector_id, nll_sum, unit.sample, unit.needle_set
-            )
-            nll_sum = None  # PENALIZE: no number, no place among the survivors
-        return Score(*unit.key, nll_sum, num_tokens, correct, round(seconds, 4), slot.name, round(slot.since, 3))
+        slot.num_scored += 1
+        return self._judge(slot, unit, *answer)
 
-    def _failed(self, name: str, unit: Unit | None, kind: Literal["died", "raised"], message: str) -> None:
-        """Requeue the unit, or stop.
+    def _judge(
+        self, slot: _Slot, unit: Unit, nll_sum: float | None, num_tokens: int, correct: bool, seconds: float
+    ) -> Score | None:
+        """A finite number counts. One that is not counts if a second opinion agrees, and who was wrong is replaced."""
+        doubter = self._disputed.pop(unit.key, None)
+        if nll_sum is None or not math.isfinite(nll_sum):
+            if doubter is None:
+                log.warning("%s gave %s on sample %d of %s for %s: asking again", slot.name, nll_sum, unit.sample,
+                            unit.needle_set, unit.vector_id)  # fmt: skip
+                self._disputed[unit.key] = slot.name
+                self._losses["disputed"] += 1
+                self._requeue(unit)
+                return None
+            log.warning("%s is not finite on sample %d of %s: it is out", unit.vector_id, unit.sample, unit.needle_set)
+            nll_sum = None  # PENALIZE: no number, no place among the survivors
+        elif doubter in self._slots:
+            log.warning("%s gave no number where %s gave one: it is replaced", doubter, slot.name)
+            self._drop(self._slots[str(doubter)])
+        self._attempts.pop(unit.key, None)
+        return Score(*unit.key, nll_sum, num_tokens, correct, round(seconds, 4), slot.name, round(slot.handed_out, 3))
+
+    def _failed(
+        self, slot: _Slot, unit: Unit | None, kind: Literal["died", "raised"], message: str, blameless: bool = False
+    ) -> None:
+        """Requeue the unit, or stop. ``blameless`` is a death that says nothing about the unit or the start.
 
         Raises:
             StoppedError: if the failure will not mend.
         """
-        message = textwrap.shorten(message.strip().splitlines()[-1], 240)
+        lines = message.strip().splitlines()  # an exception's own words come last, those of Ray about a death first
+        message = textwrap.shorten(lines[-1 if kind == "raised" else 0], 240)
         if unit is None:
-            self._failed_starts += kind == "raised"  # a node that went away while starting is no failed start
+            self._failed_starts += not blameless
             attempts = self._failed_starts
+            self._next_start = time.monotonic() + min(2.0 ** (attempts - 1), 300) if attempts else -math.inf
         else:
-            attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + 1
-        decision, hint = decide(kind, message, attempts, self._settings.max_attempts)
+            attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + (not blameless)
+        decision, hint = decide(kind, message, attempts, self._settings.max_attempts, fitted=slot.num_scored > 0)
+        others_work = unit is None and any(s.stage in ("idle", "busy") for s in self._slots.values())
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"
-        if decision is Decision.STOP:
-            raise StoppedError(f"{name} failed {doing}: {message} ({hint})")
-        log.warning("%s %s while %s: %s; %s", name, kind, doing, message, hint)
+        if decision is Decision.STOP and not others_work:
+            raise StoppedError(f"{slot.name} failed {doing}: {message} ({hint})")
+        log.warning("%s %s while %s: %s; %s", slot.name, kind, doing, message, hint)
         if unit is not None:
-            self._queue.appendleft(unit)
-            self._losses["requeued"] += 1
+            self._requeue(unit)
+        if kind == "raised" and unit is not None and "memory" not in message.lower():
+            self._enter(slot, "idle")
+        else:  # gone, of no use, or out of memory, which a fresh process may have
+            self._drop(slot)
+
+    def _requeue(self, unit: Unit) -> None:
+        self._queue.appendleft(unit)
+        self._losses["requeued"] += 1
 
     def _drop(self, slot: _Slot) -> None:
-        """Forget an actor; the next resize makes up for it."""
+        """Forget an actor, requeue what it was busy with; the next resize makes up for it."""
         ray.kill(slot.actor)
         self._slots.pop(slot.name, None)
+        self._idle.pop(slot.name, None)
+        for ref in [ref for ref, owner in self._asked.items() if owner is slot]:
+            del self._asked[ref]
+        if slot.unit is not None:
+            self._requeue(slot.unit)
         self._resized = -math.inf
 
     def _resize(self) -> None:
         """Start scorers up to the wanted number, which follows the cluster unless the recipe fixes it."""
-        if time.monotonic() - self._resized < RESIZE_SECONDS:
+        now = time.monotonic()
+        if now - self._resized < RESIZE_SECONDS or now < self._next_start:
             return
-        self._resized = time.monotonic()
         wanted = self._num_scorers or capacity(ray.cluster_resources(), self._resources)
-        for slot in [s for s in self._slots.values() if not s.ready][: max(len(self._slots) - wanted, 0)]:
+        waiting = [s for s in self._slots.values() if s.stage == "placing"]
+        for slot in waiting[: max(len(self._slots) - wanted, 0)]:
             self._drop(slot)  # the cluster shrank while it waited for a place
         while len(self._slots) < wanted:
             name = f"scorer-{self._made:02d}"
             self._made += 1
-            actor = self._make_actor(name)
-            self._slots[name] = _Slot(name, actor, actor.ready.remote(), time.time())
+            slot = _Slot(name, self._make_actor(name))
+            self._slots[name] = slot
+            self._enter(slot, "placing", slot.actor.place.remote())
+        self._resized = now
 
     def _replace_stalled(self) -> None:
+        """Replace scorers that are busy, or loading, for longer than they may be."""
+        limits = {
+            "busy": (self._settings.stall_seconds, "scorer.stall_seconds"),
+            "loading": (self._settings.load_seconds, "scorer.load_seconds"),
+        }
+        now = time.monotonic()
         for slot in list(self._slots.values()):
-            if slot.unit is not None and time.time() - slot.since > self._settings.stall_seconds:
-                unit = slot.unit
-                self._drop(slot)
-                self._failed(
-                    slot.name, unit, "died", f"busy for {self._settings.stall_seconds:g} s (scorer.stall_seconds)"
-                )
+            limit, field = limits.get(slot.stage, (math.inf, ""))
+            if now - slot.since > limit:
+                unit, slot.unit = slot.unit, None
+                self._losses["stalls"] += 1
+                self._failed(slot, unit, "died", f"{slot.stage} for {limit:g} s ({field})")
 
     def _check_starting(self) -> None:
-        if any(slot.ready for slot in self._slots.values()):
+        if any(slot.stage in ("idle", "busy") for slot in self._slots.values()):
             self._last_ready = time.monotonic()
         elif time.monotonic() - self._last_ready > self._settings.start_seconds:
             raise StoppedError(

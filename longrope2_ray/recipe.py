@@ -193,7 +193,17 @@ class ScorerSection(Section):
         4, description="Times a unit, or the start of a scorer, is tried before the run stops."
     )
     stall_seconds: float = Field(1800, gt=0, description="A scorer busy for longer on one unit is replaced.")
+    load_seconds: float = Field(900, gt=0, description="A scorer that takes longer to load its model is replaced.")
     start_seconds: float = Field(1800, gt=0, description="Time without any scorer before the run stops.")
+    look_ahead: bool = Field(
+        True, description="Idle scorers take what the report or the next generation will need; the result is the same."
+    )
+
+
+class StorageSection(Section):
+    patience_seconds: float = Field(
+        600, ge=0, description="How long to try again when the run directory's storage fails or is full."
+    )
 
 
 class SourceSection(Section):
@@ -301,6 +311,7 @@ class Recipe(BaseSettings):
     needles: NeedleSection = NeedleSection()
     report: ReportSection = ReportSection()
     scorer: ScorerSection = ScorerSection()
+    storage: StorageSection = StorageSection()
     data: DataSection | None = Field(None, description="Training data; only data and train need it.")
     train: TrainSection = TrainSection()
 
@@ -331,8 +342,8 @@ class Recipe(BaseSettings):
 
 # Fields that do not change a search's result: a run may be resumed with others.
 FREE_FIELDS = (
-    "data", "train", "scorer.num_scorers", "scorer.gpus_per_scorer", "scorer.cpus_per_scorer", "scorer.max_attempts",
-    "scorer.stall_seconds", "scorer.start_seconds", "model.device", "model.shape",
+    "data", "train", "storage", "scorer.num_scorers", "scorer.gpus_per_scorer", "scorer.cpus_per_scorer", "scorer.max_attempts",
+    "scorer.stall_seconds", "scorer.load_seconds", "scorer.start_seconds", "scorer.look_ahead", "model.device", "model.shape",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     recipe.toml            the recipe as resolved
     run.json               schema version and fingerprints; a run is only resumed if they match
+    drivers/000003-*.json  one for each driver that was started here; the newest owns the directory
     scores/*.json          the ledger of scored units, immutable segments
     generations/0007.json  survivors and candidates of a generation
     winner.json            the result, without times
@@ -9,24 +10,31 @@
     report.html, *.png     tables and figures
 
 Every JSON file carries a checksum of its content. A file that is torn or corrupt is reported and skipped, never trusted.
-Locally a file is written beside its place, synced and moved there; an object store gets one PUT.
+Segments and generations name their run, so that it can be recognised without ``run.json``. Locally a file is written
+beside its place, synced and moved there; an object store gets one PUT. Storage that is away is waited for.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
+import socket
+import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import tomli_w
 from upath import UPath
 
-SCHEMA_VERSION = 1
+from longrope2_ray.recipe import StoppedError
+
+SCHEMA_VERSION = 2
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0  # between two tries to reach a storage that is away
+STORAGE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")  # with errors that are no OSError
 log = logging.getLogger("longrope2")
+T = TypeVar("T")
 
 
 class RunDirError(ValueError):
@@ -35,6 +43,10 @@ class RunDirError(ValueError):
 
 class CorruptFileError(RunDirError):
     """A file whose checksum does not match: torn, truncated or edited."""
+
+
+class FencedError(StoppedError):
+    """A newer driver owns the run directory; this one must not write to it any more."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +91,22 @@ class RunDir:
     Args:
         url: where.
         folders: made with the directory.
+        patience_seconds: how long to try again when storage fails or is full, before giving up.
 
     Raises:
         RunDirError: if the directory cannot be created or written.
     """
 
-    def __init__(self, url: str, folders: Iterable[str] = ("scores", "generations")):
+    def __init__(self, url: str, folders: Iterable[str] = ("scores", "generations"), patience_seconds: float = 0.0):
         self.url = url
+        self.patience_seconds = patience_seconds
         self._folders = tuple(folders)
         self.path = UPath(url)
         self.local = self.path.protocol in ("", "file", "local")
         self._corrupt: set[str] = set()
         self._segments: set[str] = set()  # of the ledger, read or written here
-        self._lock: IO[str] | None = None
+        self._run = ""  # digest of recipe and fingerprints, known once the directory is opened
+        self._claim: str | None = None  # name of this driver's file
 
     def create(self) -> None:
         """Make the directory and prove that it can be written to."""
@@ -107,6 +122,35 @@ class RunDir:
 
     # --- files
 
+    def _patiently(self, action: Callable[[], T], what: str) -> T:
+        """Do it; while storage is away or full, again and again until patience is over.
+
+        Raises:
+            FileNotFoundError: if that is the answer.
+            RunDirError: if it cannot be done.
+        """
+        began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return action()
+            except (FileNotFoundError, NotADirectoryError):
+                raise
+            except Exception as error:
+                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS:
+                    raise
+                mends = not isinstance(error, (PermissionError, IsADirectoryError))
+                if not mends or time.monotonic() - began + pause > self.patience_seconds:
+                    raise RunDirError(
+                        f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
+                        f"again to resume"
+                    ) from error
+                if pause == FIRST_PAUSE_SECONDS:
+                    log.warning(
+                        "cannot %s: %s; trying for %g s (storage.patience_seconds)", what, error, self.patience_seconds
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file or none of it.
 
@@ -115,25 +159,26 @@ class RunDir:
         """
         target = self.path / name
         try:
-            if not self.local:
-                target.write_bytes(data)
-                return
-            place = str(target)
-            beside = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
-            try:
-                with open(beside, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(beside, place)
-            except BaseException:
-                if os.path.exists(beside):
-                    os.unlink(beside)
-                raise
-        except OSError as error:
-            raise RunDirError(
-                f"--run-dir: cannot write {target}: {error}; make room or set another --run-dir, then run again to resume"
-            ) from error
+            self._patiently(lambda: self._write_once(target, data), f"write {target}")
+        except OSError as error:  # its folder is not there
+            raise RunDirError(f"--run-dir: cannot write {target}: {error}; set another --run-dir") from error
+
+    def _write_once(self, target: UPath, data: bytes) -> None:
+        if not self.local:
+            target.write_bytes(data)
+            return
+        place = str(target)
+        beside = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, place)
+        except BaseException:
+            if os.path.exists(beside):
+                os.unlink(beside)
+            raise
 
     def write_json(self, name: str, payload: Mapping[str, Any], indent: int | None = 1) -> None:
         """Write ``payload`` with schema version and checksum; with ``indent`` None on one line, several times as fast."""
@@ -150,7 +195,7 @@ class RunDir:
         """
         path = self.path / name
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(self._patiently(path.read_bytes, f"read {path}"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, UnicodeDecodeError) as error:
@@ -172,9 +217,21 @@ class RunDir:
             return None
 
     def names(self, folder: str) -> list[str]:
-        """JSON files of a folder, sorted."""
-        path = self.path / folder
-        return sorted(f"{folder}/{p.name}" for p in path.glob("*.json")) if path.exists() else []
+        """JSON files of a folder as they are now, sorted."""
+
+        def look() -> list[str]:
+            path = self.path / folder
+            try:
+                if self.local:
+                    found = os.listdir(str(path))
+                else:
+                    path.fs.invalidate_cache(path.path)  # what others wrote in the meantime counts
+                    found = [str(p).rsplit("/", 1)[-1] for p in path.fs.ls(path.path, detail=False)]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(f"{folder}/{name}" for name in found if name.endswith(".json"))
+
+        return self._patiently(look, f"list {self.path / folder}")
 
     # --- identity
 
@@ -197,15 +254,12 @@ class RunDir:
             RunDirError: if the directory holds the run of another recipe, model or needle set.
         """
         self.create()
-        self._take_lock()
         wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
+        self._run = _checksum(wanted)[:16]
         found = self.read_or_skip("run.json")
-        held = next((folder for folder in self._folders if self.names(folder)), None)
-        if found is None and held:
-            raise RunDirError(
-                f"--run-dir: {self.url} holds {held} but no readable run.json that says of what; set another --run-dir"
-            )
-        if found is not None:
+        if found is None:
+            self._require_own_files()
+        else:
             for kind in ("recipe", "fingerprints"):
                 for field in sorted({*found[kind], *wanted[kind]}):
                     old, new = found[kind].get(field), wanted[kind].get(field)
@@ -215,30 +269,55 @@ class RunDir:
                             f"--run-dir: {self.url} belongs to another run: {what} is {old!r} there and {new!r} now; "
                             f"set another --run-dir, or put the field back to resume"
                         )
+        held = found is not None or any(map(self.names, self._folders))
         if found is None:
             self.write_bytes("recipe.toml", tomli_w.dumps(_without_none(nested_recipe)).encode())
             self.write_json("run.json", {**wanted, **facts})
-        return found is not None
+        return held
 
-    def _take_lock(self) -> None:
-        """One run at a time in a local directory; the lock goes with its process, however that ends."""
-        if not self.local or self._lock is not None:
+    def _require_own_files(self) -> None:
+        """Without a readable ``run.json`` the whole files of the directory must say themselves that they are of this run.
+
+        Raises:
+            RunDirError: if one says otherwise, or says nothing.
+        """
+        for name in [name for folder in self._folders for name in self.names(folder)]:
+            body = self.read_or_skip(name)
+            if body is not None and body.get("run") != self._run:
+                raise RunDirError(
+                    f"--run-dir: {self.url} holds {name}, which is of another run or does not say of which, and no "
+                    f"readable run.json; set another --run-dir"
+                )
+
+    # --- one driver at a time
+
+    def take_over(self) -> None:
+        """Claim the directory for this process: the driver with the newest claim owns it, older ones stop at their next write.
+
+        Claims are numbered, not dated: clocks do not matter. Two drivers that take the same number are told apart by name.
+        """
+        claims = self.names("drivers")
+        number = max((int(name.split("/")[1].split("-")[0]) for name in claims), default=0) + 1
+        (self.path / "drivers").mkdir(exist_ok=True)
+        self._claim = f"drivers/{number:06d}-{uuid.uuid4().hex[:8]}.json"
+        me = {"host": socket.gethostname(), "process": os.getpid(), "started": round(time.time(), 3)}
+        self.write_json(self._claim, me)
+
+    def require_ownership(self) -> None:
+        """Nothing, unless a newer driver was started on this directory.
+
+        Raises:
+            FencedError: if so.
+        """
+        if self._claim is None:
             return
-        lock = open(str(self.path / ".lock"), "a")  # noqa: SIM115 - held for as long as this object lives
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise RunDirError(
-                f"--run-dir: another run is at work in {self.url} already; wait for it, stop it, or set another --run-dir"
-            ) from error
-        self._lock = lock
-
-    def close(self) -> None:
-        """Let another search into the directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        newest = max(self.names("drivers"), default=self._claim)
+        if newest > self._claim:
+            other = self.read_or_skip(newest) or {}
+            raise FencedError(
+                f"a newer driver (process {other.get('process', '?')} on {other.get('host', '?')}) has taken over "
+                f"{self.url}; this one has stopped, what it committed is kept"
+            )
 
     # --- ledger
 
@@ -246,22 +325,29 @@ class RunDir:
         """Commit rows as one new immutable segment."""
         rows = [vars(score) for score in scores]
         if rows:
+            self.require_ownership()
             name = f"scores/{uuid.uuid4().hex}.json"
-            self.write_json(name, {"rows": rows}, indent=None)
+            self.write_json(name, {"run": self._run, "rows": rows}, indent=None)
             self._segments.add(name)
 
     def load_scores(self) -> dict[tuple[str, str, int], Score]:
         """Every committed row by its key; corrupt segments are reported and skipped."""
-        ledger: dict[tuple[str, str, int], Score] = {}
-        for name in self.names("scores"):
-            body = self.read_or_skip(name)
-            if body is None:
-                continue
-            self._segments.add(name)
-            for row in body["rows"]:
-                score = Score(**row)
-                ledger.setdefault(score.key, score)
-        return ledger
+        while True:
+            ledger: dict[tuple[str, str, int], Score] = {}
+            names = self.names("scores")
+            vanished = False
+            for name in names:
+                body = self.read_or_skip(name)
+                if body is None:
+                    vanished |= name not in self._corrupt
+                    continue
+                self._segments.add(name)
+                for row in body["rows"]:
+                    score = Score(**row)
+                    ledger.setdefault(score.key, score)
+            if not vanished or names == self.names("scores"):
+                return ledger
+            # another driver, not yet fenced off, replaced segments by one while they were read: look again
 
     def compact_scores(self, ledger: Iterable[Score]) -> None:
         """Replace the segments read or written here by one that holds ``ledger``: it is whole before they go.
@@ -270,6 +356,7 @@ class RunDir:
         """
         old = sorted(self._segments)
         if len(old) > 1:
+            self.require_ownership()
             self.append_scores(ledger)
             for name in old:
                 (self.path / name).unlink(missing_ok=True)
@@ -279,7 +366,7 @@ class RunDir:
 
     def write_generation(self, index: int, payload: Mapping[str, Any]) -> None:
         """Keep one closed generation; written again after a resume it holds the same bytes."""
-        self.write_json(f"generations/{index:04d}.json", payload)
+        self.write_json(f"generations/{index:04d}.json", {"run": self._run, **payload})
 
     def generations(self) -> list[dict[str, Any]]:
         """Every whole generation, oldest first."""

@@ -37,8 +37,11 @@ class ToyScorer:
         if start == "fails":
             raise ValueError("model.path: expected a model, got nothing")
 
-    def ready(self) -> int:
+    def place(self) -> int:
         return os.getpid()
+
+    def ready(self) -> None:
+        pass
 
     def score(self, needle_set: str, sample: int, values, attention_factor: float):
         first_time = not (self.folder / f"{needle_set}-{sample}").exists()

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longrope2_ray.rundir import CorruptFileError, RunDir, RunDirError, Score
+from longrope2_ray.rundir import CorruptFileError, FencedError, RunDir, RunDirError, Score
 
 RECIPE = {"name": "x", "search.seed": 0, "search.tail_bounds": [1.0, 2.0], "search.critical_dims": None}
 PRINTS = {"model": "abc", "needles search": "def"}
@@ -25,10 +27,10 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunDir]:
 
 
 def begin(run_dir: RunDir, recipe: dict[str, Any] = RECIPE, prints: dict[str, str] = PRINTS) -> bool:
-    try:
-        return run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
-    finally:
-        run_dir.close()
+    """Open and own it."""
+    found = run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
+    run_dir.take_over()
+    return found
 
 
 def score(sample: int, vector: str = "v", nll: float | None = 1.5) -> Score:
@@ -49,7 +51,7 @@ def spoil(run_dir: RunDir, name: str, how: str) -> None:
             "edited": data.replace(b"1.5", b"1.4"),
             "binary": b"\x00\xff\xfe" * 20,
             "other json": b"[1, 2]",
-            "no checksum": b'{"schema_version": 1, "rows": []}',
+            "no checksum": b'{"schema_version": 2, "rows": []}',
         }[how]
     )
 
@@ -156,12 +158,32 @@ def test_a_directory_of_another_run_is_refused_by_field(
     assert {p.name: p.read_bytes() for p in run_dir.path.iterdir() if p.is_file()} == before
 
 
-def test_scores_without_a_readable_identity_are_not_trusted(run_dir: RunDir) -> None:
+def test_a_lost_identity_is_written_again_if_the_files_say_whose_they_are(run_dir: RunDir) -> None:
     begin(run_dir)
     run_dir.append_scores([score(0)])
+    run_dir.write_generation(0, {"index": 0})
     spoil(run_dir, "run.json", "torn")
-    with pytest.raises(RunDirError, match=r"holds scores but no readable run.json"):
-        begin(RunDir(run_dir.url))
+    again = RunDir(run_dir.url)
+    assert begin(again) is True
+    assert len(again.load_scores()) == 1
+    (run_dir.path / "run.json").unlink()
+    assert begin(RunDir(run_dir.url)) is True
+    assert RunDir(run_dir.url).read_json("run.json") is not None
+
+
+@pytest.mark.parametrize("folder", ["scores", "generations"])
+def test_a_lost_identity_is_not_made_up_for_the_files_of_another_run(run_dir: RunDir, folder: str) -> None:
+    begin(run_dir)
+    if folder == "scores":
+        run_dir.append_scores([score(0)])
+    else:
+        run_dir.write_generation(0, {"index": 0})
+    spoil(run_dir, "run.json", "torn")
+    before = (run_dir.path / "run.json").read_bytes()
+    with pytest.raises(RunDirError, match=rf"holds {folder}/.* of another run"):
+        begin(RunDir(run_dir.url), {**RECIPE, "search.seed": 1})
+    assert (run_dir.path / "run.json").read_bytes() == before
+    assert begin(RunDir(run_dir.url)) is True, "the refused run has spoiled the directory for its owner"
 
 
 def test_a_torn_identity_without_scores_is_written_again(run_dir: RunDir) -> None:
@@ -305,13 +327,110 @@ def test_generations_come_back_oldest_first_and_a_spoiled_one_is_skipped(run_dir
     assert [g["index"] for g in RunDir(run_dir.url).generations()] == [0, 1, 2, 10]
 
 
-def test_a_second_search_in_the_same_directory_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    first = RunDir(str(tmp_path / "run"))
-    first.open({"a": 1}, {}, {}, {})
-    with pytest.raises(RunDirError, match="another run is at work"):
-        RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})
-    first.close()
-    assert RunDir(str(tmp_path / "run")).open({"a": 1}, {}, {}, {})
+def test_a_newer_driver_fences_the_older_one_off(run_dir: RunDir) -> None:
+    older, newer = RunDir(run_dir.url), RunDir(run_dir.url)
+    begin(older)
+    older.append_scores([score(0)])
+    older.append_scores([score(1)])
+    begin(newer)
+    before = segments(run_dir)
+    for write in (lambda: older.append_scores([score(2)]), lambda: older.compact_scores([score(0), score(1)])):
+        with pytest.raises(FencedError, match=rf"process {os.getpid()} on .* has taken over"):
+            write()
+    assert segments(run_dir) == before
+    newer.append_scores([score(2)])
+    assert len(RunDir(run_dir.url).load_scores()) == 3
+
+
+def test_claims_are_ordered_by_number_whatever_the_clock_says(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers = []
+    for now in (1e9, 5e8, 2e9, 0.0):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        drivers.append(RunDir(run_dir.url))
+        begin(drivers[-1])
+    for old in drivers[:-1]:
+        with pytest.raises(FencedError):
+            old.require_ownership()
+    drivers[-1].require_ownership()
+
+
+def test_a_torn_claim_counts_as_one(run_dir: RunDir) -> None:
+    older, newer = RunDir(run_dir.url), RunDir(run_dir.url)
+    begin(older)
+    begin(newer)
+    spoil(run_dir, newer.names("drivers")[-1], "torn")
+    with pytest.raises(FencedError):
+        older.require_ownership()
+    begin(RunDir(run_dir.url))
+    with pytest.raises(FencedError):
+        newer.require_ownership()
+
+
+def test_who_only_reads_owns_nothing_and_is_never_fenced_off(run_dir: RunDir) -> None:
+    begin(run_dir)
+    reader = RunDir(run_dir.url)
+    begin(RunDir(run_dir.url))
+    reader.require_ownership()
+    assert reader.load_scores() == {}
+
+
+# --- storage that is away
+
+
+class FlakyRunDir(RunDir):
+    """Storage that fails ``failures`` times with ``error``, then works."""
+
+    def __init__(self, url: str, error: Exception, failures: int, patience_seconds: float):
+        super().__init__(url, patience_seconds=patience_seconds)
+        self.create()
+        self.error, self.left = error, failures
+
+    def _write_once(self, target: Any, data: bytes) -> None:
+        if getattr(self, "left", 0):
+            self.left -= 1
+            raise self.error
+        super()._write_once(target, data)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ConnectionError("away"), TimeoutError("slow")])
+def test_storage_that_comes_back_costs_nothing_but_time(tmp_path: Path, error: Exception, caplog: Any) -> None:
+    run_dir = FlakyRunDir(str(tmp_path), error, failures=2, patience_seconds=60)
+    with caplog.at_level(logging.WARNING):
+        run_dir.append_scores([score(0)])
+    assert len(RunDir(str(tmp_path)).load_scores()) == 1
+    assert [r.message for r in caplog.records if "storage.patience_seconds" in r.message], "nobody was told"
+
+
+def test_storage_that_stays_away_ends_in_one_clear_message(tmp_path: Path) -> None:
+    run_dir = FlakyRunDir(str(tmp_path), OSError(errno.ENOSPC, "full"), failures=99, patience_seconds=1)
+    with pytest.raises(RunDirError, match=r"cannot write .*full.*run again to resume"):
+        run_dir.append_scores([score(0)])
+    assert run_dir.left < 98, "it did not try again"
+
+
+def test_what_waiting_does_not_mend_is_said_at_once(tmp_path: Path) -> None:
+    run_dir = FlakyRunDir(str(tmp_path), PermissionError("forbidden"), failures=1, patience_seconds=60)
+    with pytest.raises(RunDirError, match="forbidden"):
+        run_dir.append_scores([score(0)])
+
+
+def test_segments_replaced_while_they_are_read_are_found_in_their_new_place(run_dir: RunDir) -> None:
+    begin(run_dir)
+    run_dir.append_scores([score(0)])
+    run_dir.append_scores([score(1)])
+    rows = list(run_dir.load_scores().values())
+
+    class Reader(RunDir):
+        compacted = False
+
+        def names(self, folder: str) -> list[str]:
+            found = super().names(folder)
+            if not self.compacted:  # right after the listing
+                self.compacted = True
+                run_dir.compact_scores(rows)
+            return found
+
+    assert len(Reader(run_dir.url).load_scores()) == 2
 
 
 def test_compaction_keeps_segments_that_somebody_else_wrote(tmp_path: Path) -> None:

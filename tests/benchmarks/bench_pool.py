@@ -27,8 +27,11 @@ class SleepingScorer:
     def __init__(self, seconds: float):
         self.seconds = seconds
 
-    def ready(self) -> int:
+    def place(self) -> int:
         return os.getpid()
+
+    def ready(self) -> None:
+        pass
 
     def score(self, needle_set: str, sample: int, values, attention_factor: float) -> tuple[float, int, bool, float]:
         began = time.perf_counter()

@@ -1,0 +1,302 @@
+"""Faults for tests: a small real Ray cluster whose parts can be killed, and the real command with faults on demand in it.
+
+As a script it is ``longrope2`` itself, with scorers and storage that misbehave when a file in ``$CHAOS_DIR`` says so:
+
+    CHAOS_DIR=/tmp/c python tests/chaos.py search debug --run-dir /tmp/run
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CHAOS_DIR", "CHAOS_CLOCK")},
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # a lost node is noticed within seconds instead of half a minute
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+}
+SCORER_FAULTS = ("hangs", "raises", "out-of-memory", "nan", "load-fails")
+STORAGE_FAULTS = ("slow", "away", "full")
+
+
+# --------------------------------------------------------------------------------------- inside driver and scorers
+
+
+def take(folder: str, fault: str) -> bool:
+    """Whether somebody ordered this fault; one order is one fault, however many could take it."""
+    order = Path(folder) / fault
+    try:
+        order.rename(f"{order}.{os.getpid()}.taken")
+    except OSError:
+        return False
+    return True
+
+
+def misbehaving(folder: str) -> None:
+    """Put scorers and storage that misbehave on order in place of the real ones, which they otherwise are."""
+    import ray
+
+    from longrope2_ray import pool, rundir
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    real_scorer: Any = pool.Scorer
+    real_dir: Any = rundir.RunDir
+
+    class Scorer(real_scorer):
+        def ready(self) -> None:
+            if take(folder, "load-fails"):
+                raise OSError("a disk that cannot be read")
+            super().ready()
+
+        def score(self, *unit: Any) -> Any:
+            if take(folder, "hangs"):
+                time.sleep(1e6)
+            if take(folder, "raises"):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if take(folder, "out-of-memory"):
+                raise RuntimeError("CUDA out of memory. Tried to allocate 31 GiB")
+            nll, *rest = super().score(*unit)
+            return (float("nan") if take(folder, "nan") else nll, *rest)
+
+    class RunDir(real_dir):
+        def _write_once(self, target: Any, data: bytes) -> None:
+            if take(folder, "slow"):
+                time.sleep(3)
+            for fault, error in (("away", ConnectionError("no route to storage")), ("full", OSError(28, "no space"))):
+                if take(folder, fault):
+                    raise error
+            super()._write_once(target, data)
+
+    pool.Scorer, rundir.RunDir = Scorer, RunDir  # type: ignore[misc]
+
+
+def skew_clock(seconds: float) -> None:
+    """A wall clock that is off by up to so much, each time it is read another way."""
+    real, rng = time.time, random.Random(0)
+    time.time = lambda: real() + rng.uniform(-seconds, seconds)
+
+
+# ------------------------------------------------------------------------------------------------------ from outside
+
+
+class Chaos:
+    """Orders faults from a driver and its scorers."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def order(self, fault: str) -> None:
+        (self.folder / fault).touch()
+
+    def taken(self) -> Counter[str]:
+        return Counter(path.name.split(".")[0] for path in self.folder.glob("*.taken"))
+
+
+def start_driver(
+    run_dir: Path, recipe: Sequence[str], address: str, chaos: Chaos, log: Path, clock_seconds: float = 0.0
+) -> subprocess.Popen[bytes]:
+    """``longrope2 search`` on the cluster; its output goes to ``log``."""
+    command = [sys.executable, str(Path(__file__)), "search", *recipe, "--run-dir", str(run_dir)]
+    environment = {**ENVIRONMENT, "RAY_ADDRESS": address, "CHAOS_DIR": str(chaos.folder), "PYTHONPATH": str(ROOT)}
+    if clock_seconds:
+        environment["CHAOS_CLOCK"] = str(clock_seconds)
+    with log.open("ab") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process and all below it, at once and without a word, as a lost machine goes."""
+    with suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.suspend()  # so that none sees another die
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
+
+
+class Cluster:
+    """A Ray head without CPUs and nodes of one CPU, every one a process of its own."""
+
+    def __init__(self, nodes: int = 2):
+        self.folder = tempfile.mkdtemp(prefix="c", dir="/tmp")  # short: paths of sockets may have 107 bytes
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.port = free_port()
+        self.start(nodes)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self, nodes: int) -> None:
+        """A head, and ``nodes`` nodes that have joined it."""
+        self.head = self._ray("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
+        self._wait_for(1)
+        for _ in range(nodes):
+            self.add_node()
+
+    def add_node(self, wait: bool = True) -> None:
+        self.nodes.append(self._ray(f"--address={self.address}", "--num-cpus=1"))
+        if wait:
+            self._wait_for(1 + len(self.nodes))
+
+    def _ray(self, *arguments: str) -> subprocess.Popen[bytes]:
+        ports = [
+            f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")
+        ]
+        command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+        place = [f"--temp-dir={self.folder}"] if "--head" in arguments else []
+        return subprocess.Popen(
+            [*command, *arguments, *ports, *place],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _alive(self) -> list[dict[str, Any]]:
+        """Nodes that the head takes for alive."""
+        from ray._raylet import GcsClient
+
+        with suppress(Exception):
+            found = GcsClient(address=self.address).get_all_node_info(timeout=5).values()
+            return [{"id": info.node_id.hex()} for info in found if info.state == 0]
+        return []
+
+    def _wait_for(self, nodes: int) -> None:
+        began = time.monotonic()
+        while len(self._alive()) < nodes:
+            assert time.monotonic() - began < 240, f"{len(self._alive())} of {nodes} nodes came up"
+            time.sleep(0.5)
+
+    def scorers(self) -> list[psutil.Process]:
+        """Processes of scorers on any node."""
+        found = []
+        for node in self.nodes:
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(node.pid).children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        if process.cmdline()[:1] and process.cmdline()[0].startswith(("ray::Scorer", "ray::scorer-")):
+                            found.append(process)
+        return found
+
+    def lose_node(self, index: int, notice: bool = False) -> None:
+        """A node goes: without a word, or some seconds after its notice."""
+        node = self.nodes.pop(index)
+        if notice and (id := self._node_id(node)):
+            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={id}",
+                     "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=5"]  # fmt: skip
+            subprocess.run(drain, env=ENVIRONMENT, capture_output=True, check=False, timeout=120)
+            time.sleep(3)
+        kill_tree(node)
+
+    def _node_id(self, node: subprocess.Popen[bytes]) -> str | None:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            for argument in process.cmdline():
+                if argument.startswith("--node_id="):
+                    return argument.partition("=")[2]
+        return None
+
+    def restart_head(self, nodes: int) -> None:
+        """The head goes without a word, its nodes after it, and another cluster comes up at the same address."""
+        kill_tree(self.head)
+        for node in self.nodes:
+            kill_tree(node)
+        self.nodes.clear()
+        self.start(nodes)
+
+    def close(self) -> None:
+        for process in (*self.nodes, self.head):
+            kill_tree(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the run directory
+
+
+def damage(run_dir: Path, rng: random.Random) -> str:
+    """Tear, flip, truncate, empty or remove one file of a run; what was done."""
+    files = sorted(
+        p for p in run_dir.rglob("*.json") if p.parent.name in ("scores", "generations", "drivers", run_dir.name)
+    )
+    path = rng.choice(files)
+    data = path.read_bytes()
+    how = rng.choice(["torn", "flipped", "empty", "missing"])
+    if how == "missing":
+        path.unlink()
+    elif how == "flipped" and data:
+        at = rng.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :])
+    else:
+        path.write_bytes(data[: rng.randrange(len(data)) if how == "torn" and data else 0])
+    return f"{path.relative_to(run_dir)} {how}"
+
+
+def outcome(run_dir: Path) -> dict[str, bytes]:
+    """What has to be the same in the end: the winner and every generation, the final population among them."""
+    names = ["winner.json", *sorted(f"generations/{p.name}" for p in (run_dir / "generations").glob("*.json"))]
+    return {name: (run_dir / name).read_bytes() for name in names}
+
+
+def committed(run_dir: Path) -> Counter[tuple[str, str, int]]:
+    """How often each unit stands in the ledger's whole segments."""
+    from longrope2_ray.rundir import RunDir
+
+    place, units = RunDir(str(run_dir)), Counter[tuple[str, str, int]]()
+    for name in place.names("scores"):
+        rows = (place.read_or_skip(name) or {"rows": []})["rows"]
+        units.update((row["vector_id"], row["needle_set"], row["sample"]) for row in rows)
+    return units
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"waited {seconds:g} s in vain until {what}"
+        time.sleep(0.1)
+
+
+def stop(driver: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> int:
+    driver.send_signal(number)
+    return driver.wait(timeout=300)
+
+
+def main() -> int:
+    from longrope2_ray.cli import main as command
+
+    misbehaving(os.environ["CHAOS_DIR"])
+    if "CHAOS_CLOCK" in os.environ:
+        skew_clock(float(os.environ["CHAOS_CLOCK"]))
+    return command(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
