@@ -33,30 +33,39 @@ class ToyScorer:
     """An actor without a model: the sample's number is its NLL; sample numbers also order its misbehaviour."""
 
     def __init__(self, folder: str, start: str = "works"):
-        self.folder = Path(folder)
-        if start == "fails":
-            raise ValueError("model.path: expected a model, got nothing")
+        self.folder, self.start = Path(folder), start
 
     def place(self) -> int:
         return os.getpid()
 
     def ready(self) -> None:
-        pass
+        if self.start == "fails" or (self.start == "first-fails" and self._first("start")):
+            raise ValueError("model.path: expected a model, got nothing")
+        if self.start == "first-hangs" and self._first("start"):
+            time.sleep(300)
+
+    def _first(self, what: str) -> bool:
+        """Whether no scorer of this folder was here before."""
+        try:
+            (self.folder / what).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def score(self, needle_set: str, sample: int, values, attention_factor: float):
-        first_time = not (self.folder / f"{needle_set}-{sample}").exists()
-        (self.folder / f"{needle_set}-{sample}").touch()
+        first_time = self._first(f"{needle_set}-{sample}")
         if needle_set == "raises-once" and first_time:
             raise OSError("a disk hiccup")
         if needle_set == "raises-always":
             raise OSError("a broken disk")
-        if needle_set == "out-of-memory":
+        if needle_set == "out-of-memory" or (needle_set == "out-of-memory-once" and first_time):
             raise RuntimeError("CUDA out of memory. Tried to allocate 31 GiB")
         if needle_set == "dies-once" and first_time:
             os.kill(os.getpid(), signal.SIGKILL)
         if needle_set == "hangs-once" and first_time:
             time.sleep(60)
-        return (math.nan if needle_set == "nan" else float(sample)), 8, True, 0.001
+        wrong = needle_set == "nan" or (needle_set == "nan-once" and first_time)
+        return (math.nan if wrong else float(sample)), 8, True, 0.001
 
 
 def toy_pool(folder: Path, num_scorers: int = 2, start: str = "works", **settings) -> ScorerPool:
@@ -125,6 +134,47 @@ def test_a_score_that_is_not_finite_is_recorded_without_a_number(tmp_path):
     pool = toy_pool(tmp_path)
     submit(pool, "nan", 1)
     assert drain(pool, 1)[0].nll_sum is None
+    pool.close()
+
+
+@pytest.mark.parametrize("num_scorers", [1, 2])
+def test_a_score_is_out_only_if_a_second_opinion_agrees_and_who_was_wrong_is_replaced(tmp_path, num_scorers):
+    pool = toy_pool(tmp_path, num_scorers)
+    submit(pool, "plain", 4)
+    drain(pool, 4)
+    while pool.counts()["starting"]:
+        pool.wait()
+    before = set(pool.process_ids())
+    submit(pool, "nan-once", 1)
+    score = drain(pool, 1)[0]
+    assert score.nll_sum == 0.0
+    assert pool.losses()["disputed"] == 1
+    replaced = before - set(pool.process_ids())
+    assert len(replaced) == 1
+    assert score.scorer not in replaced or num_scorers == 1, "who was right was replaced"
+    pool.close()
+
+
+def test_memory_that_was_enough_before_gets_a_fresh_process(tmp_path):
+    pool = toy_pool(tmp_path, num_scorers=1)
+    submit(pool, "plain", 1)
+    drain(pool, 1)
+    submit(pool, "out-of-memory-once", 1)
+    assert drain(pool, 1)[0].scorer == "scorer-01"
+    assert pool.losses()["requeued"] == 1
+    pool.close()
+
+
+@pytest.mark.parametrize("start", ["first-fails", "first-hangs"])
+def test_a_scorer_that_does_not_come_up_is_replaced_while_the_others_work(tmp_path, start):
+    pool = toy_pool(tmp_path, start=start, load_seconds=3.0)
+    submit(pool, "plain", 20)
+    assert sorted(drain(pool, 20)) == list(range(20))
+    began = time.monotonic()
+    while pool.counts()["idle"] < 2:
+        pool.wait()
+        assert time.monotonic() - began < 120, "the scorer that did not come up was not replaced"
+    assert "scorer-02" in pool.process_ids()
     pool.close()
 
 

@@ -1,0 +1,173 @@
+"""What a run must survive, on real Ray processes: every test ends in the bytes of a run that nobody disturbed.
+
+    python -m pytest -m "long or not long" tests/test_faults.py tests/test_pool.py      # all of them
+
+Those of a single scorer stand in test_pool.py, those of single files in test_rundir.py, object storage in
+test_storage.py; tests/soak.py mixes all of them at random.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos import (
+    SCORER_FAULTS,
+    STORAGE_FAULTS,
+    Chaos,
+    Cluster,
+    committed,
+    damage,
+    outcome,
+    start_driver,
+    stop,
+    wait_until,
+)
+
+RECIPE = ["debug", "--scorer.stall-seconds", "15", "--storage.patience-seconds", "120"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(nodes=2)
+    yield cluster
+    cluster.close()
+
+
+class Run:
+    """One search in a directory of its own, started as often as it takes."""
+
+    def __init__(self, folder: Path, cluster: Cluster):
+        self.folder, self.cluster, self.place = folder, cluster, folder / "run"
+        folder.mkdir(exist_ok=True)
+        self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
+
+    def start(self, **settings: Any) -> Any:
+        return start_driver(self.place, RECIPE, self.cluster.address, self.chaos, self.log, **settings)
+
+    def wait_for_scores(self, count: int) -> None:
+        wait_until(lambda: len(committed(self.place)) >= count, f"{count} scores are committed in {self.place}")
+
+    def finish(self, driver: Any = None, **settings: Any) -> dict[str, bytes]:
+        driver = driver or self.start(**settings)
+        assert driver.wait(timeout=290) == 0, self.log.read_text()[-3000:]
+        return outcome(self.place)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return Run(tmp_path_factory.mktemp("undisturbed"), cluster).finish()
+
+
+@pytest.fixture
+def run(tmp_path: Path, cluster: Cluster) -> Iterator[Run]:
+    run = Run(tmp_path, cluster)
+    yield run
+    while len(cluster.nodes) < 2:
+        cluster.add_node()
+
+
+def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(run: Run, undisturbed: dict[str, bytes]) -> None:
+    driver = run.start()
+    run.wait_for_scores(8)
+    before = committed(run.place)
+    assert stop(driver, signal.SIGTERM) == 130
+    log = run.log.read_text()
+    assert "run the same command again to resume" in log
+    assert "Traceback" not in log
+    kept = committed(run.place)
+    assert not before - kept
+    assert run.finish() == undisturbed
+    assert max(committed(run.place).values()) == 1
+
+
+def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
+    older = run.start()
+    run.wait_for_scores(8)
+    newer = run.start()
+    assert older.wait(timeout=200) == 1
+    assert "a newer driver" in run.log.read_text()
+    assert run.finish(newer) == undisturbed
+    assert max(committed(run.place).values()) == 1, "a unit was committed twice"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [*SCORER_FAULTS, *STORAGE_FAULTS])
+def test_a_scorer_or_a_storage_that_misbehaves_once_changes_nothing(
+    run: Run, undisturbed: dict[str, bytes], fault: str
+) -> None:
+    if fault == "load-fails":
+        run.chaos.order(fault)
+    driver = run.start()
+    if fault != "load-fails":
+        run.wait_for_scores(6)
+        run.chaos.order(fault)
+    assert run.finish(driver) == undisturbed
+    assert run.chaos.taken()[fault] == 1, "the fault never happened"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("notice", [True, False], ids=["with drain notice", "without notice"])
+def test_a_node_is_lost_and_another_joins_late(run: Run, undisturbed: dict[str, bytes], notice: bool) -> None:
+    driver = run.start()
+    run.wait_for_scores(6)
+    run.cluster.lose_node(0, notice)
+    run.cluster.add_node(wait=False)
+    assert run.finish(driver) == undisturbed
+
+
+@pytest.mark.long
+def test_every_scorer_is_gone_for_a_while(run: Run, undisturbed: dict[str, bytes]) -> None:
+    driver = run.start()
+    run.wait_for_scores(6)
+    run.cluster.lose_node(0)
+    run.cluster.lose_node(0)
+    with pytest.raises(AssertionError):
+        wait_until(lambda: driver.poll() is not None, "the driver gave up", seconds=20)
+    run.cluster.add_node(wait=False)
+    assert run.finish(driver) == undisturbed
+
+
+@pytest.mark.long
+def test_the_head_is_restarted(run: Run, undisturbed: dict[str, bytes]) -> None:
+    driver = run.start()
+    run.wait_for_scores(6)
+    run.cluster.restart_head(nodes=2)
+    assert driver.wait(timeout=200) != 0, "the driver outlived its cluster"
+    assert run.finish() == undisturbed
+
+
+@pytest.mark.long
+def test_a_driver_is_killed_at_random_points(run: Run, undisturbed: dict[str, bytes]) -> None:
+    rng = random.Random(0)
+    for goal in sorted(rng.sample(range(1, 40), 3)):
+        driver = run.start()
+        run.wait_for_scores(goal)
+        stop(driver)
+    assert run.finish() == undisturbed
+    assert max(committed(run.place).values()) == 1, "a unit was committed twice"
+
+
+@pytest.mark.long
+def test_clocks_that_are_off_by_days_change_nothing(run: Run, undisturbed: dict[str, bytes]) -> None:
+    driver = run.start(clock_seconds=3 * 86400.0)
+    run.wait_for_scores(10)
+    stop(driver)
+    assert run.finish(clock_seconds=86400.0) == undisturbed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_files_that_are_torn_flipped_or_missing_are_made_again(
+    run: Run, undisturbed: dict[str, bytes], seed: int
+) -> None:
+    rng = random.Random(seed)
+    driver = run.start()
+    run.wait_for_scores(20)
+    stop(driver)
+    done = [damage(run.place, rng) for _ in range(4)]
+    assert run.finish() == undisturbed, done
