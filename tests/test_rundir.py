@@ -374,6 +374,14 @@ def test_who_only_reads_owns_nothing_and_is_never_fenced_off(run_dir: RunDir) ->
     assert reader.load_scores() == {}
 
 
+def test_a_secret_in_the_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(
+        RunDirError, match=r"--run-dir: expected a URL without credentials, got s3://\*\*\*@bucket"
+    ) as caught:
+        RunDir("s3://key:secret@bucket/run")
+    assert "secret" not in str(caught.value)
+
+
 # --- storage that is away
 
 
