@@ -7,8 +7,8 @@ derived (NTK, Eq. 9). Nothing here knows how candidates are scored.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -67,6 +67,12 @@ class SearchSpace:
     tail_bounds: tuple[float, float]
     attention_bounds: tuple[float, float]
     starts: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def fixed_attention(self) -> float | None:
+        """The attention factor of every candidate; None if it is searched."""
+        low, high = self.attention_bounds
+        return low if low == high else None
 
     @classmethod
     def from_recipe(cls, geometry: RopeGeometry, search: SearchSection) -> "SearchSpace":
@@ -308,8 +314,8 @@ class Evolution:
                 f"got {settings.population_size}"
             )
         self.space, self.settings = space, settings
-        self._seen: set[str] = set()
         self.generation = Generation(0, (), {}, tuple(self._initial_population()))
+        self._seen = {c.id for c in self.generation.candidates}
 
     @property
     def finished(self) -> bool:
@@ -331,9 +337,20 @@ class Evolution:
         """
         if self.finished:
             raise RuntimeError("tell: the search is finished")
-        old = self.generation
-        known = {**old.totals, **totals}
-        pool = {c.id: c for c in (*old.survivors, *old.candidates) if c.id in known and math.isfinite(known[c.id])}
+        standing = self.preview(self.generation, totals)
+        children = self.children(standing)
+        self._seen.update(child.id for child in children)
+        self.generation = replace(standing, candidates=children)
+
+    def preview(self, generation: Generation, totals: Mapping[str, float]) -> Generation:
+        """What follows a generation if its candidates have these totals, not bred yet; nothing changes.
+
+        Raises:
+            StoppedError: if no candidate at all has a finite score.
+        """
+        known = {**generation.totals, **totals}
+        everyone = (*generation.survivors, *generation.candidates)
+        pool = {c.id: c for c in everyone if c.id in known and math.isfinite(known[c.id])}
         if not pool:
             raise StoppedError(
                 "no candidate has a finite score: the model returns NaN or infinity; try model.dtype = 'float32'"
@@ -344,11 +361,17 @@ class Evolution:
             self.settings.top_k,
             self.settings.niche_size,
         )  # Alg. 2, line 11
-        survivors = tuple(pool[id] for id in kept)
-        self.generation = Generation(old.index + 1, survivors, {id: known[id] for id in kept}, ())
-        if not self.finished:
-            children = tuple(self._breed(survivors, self._rng(old.index + 1)))
-            self.generation = Generation(old.index + 1, survivors, self.generation.totals, children)
+        return Generation(generation.index + 1, tuple(pool[id] for id in kept), {id: known[id] for id in kept}, ())
+
+    def children(self, standing: Generation, also_seen: Set[str] = frozenset()) -> tuple[Candidate, ...]:
+        """What a previewed generation asks for: children of its survivors, none after the last one; nothing changes.
+
+        The random stream is the one that ``tell`` will use, so children of a guess are right as far as the ranks of
+        their parents are. Ids in ``also_seen`` are avoided like those of former generations.
+        """
+        if standing.index > self.settings.iterations:
+            return ()
+        return tuple(self._breed(standing.survivors, self._rng(standing.index), self._seen | also_seen))
 
     @property
     def best(self) -> Candidate:
@@ -366,15 +389,14 @@ class Evolution:
         seeds = [
             Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))) for dim, tail in self._starts(rng)
         ]
-        for seed in seeds:
-            self._seen.add(seed.id)
-            yield seed
+        yield from seeds
 
         def fill(seed: Candidate, rng: np.random.Generator) -> Candidate:
             mutants = self.settings.initial == "mutants"
             return self._mutate(seed, rng) if mutants else self._draw(seed.critical_dim, rng)
 
-        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill)
+        seen = {seed.id for seed in seeds}
+        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill, seen)
 
     def _starts(self, rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, ...]]]:
         """Critical dimensions and tails that the population grows from."""
@@ -385,7 +407,7 @@ class Evolution:
             factor = float(rng.uniform(*self.space.tail_bounds))  # Alg. 1, line 4
             yield dim, (factor,) * (self.space.num_cosines - dim)
 
-    def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Candidate]:
+    def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator, seen: Set[str]) -> Iterator[Candidate]:
         """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
 
         def child(parent: Candidate, rng: np.random.Generator) -> Candidate:
@@ -397,7 +419,7 @@ class Evolution:
                     return self._cross(parent, mates[rng.integers(len(mates))], rng)
             return self._mutate(parent, rng)
 
-        yield from self._fresh(survivors, self.settings.num_children, rng, child)
+        yield from self._fresh(survivors, self.settings.num_children, rng, child, seen)
 
     def _fresh(
         self,
@@ -405,14 +427,16 @@ class Evolution:
         count: int,
         rng: np.random.Generator,
         make: Callable[[Candidate, np.random.Generator], Candidate],
+        seen: Set[str],
     ) -> Iterator[Candidate]:
         """``count`` children that nobody saw before, parents taking turns; fewer if the space is exhausted."""
+        here: set[str] = set()
         made = tries = 0
         while made < count and tries < MAX_TRIES * count:
             child = make(parents[tries % len(parents)], rng)
             tries += 1
-            if child.id not in self._seen:
-                self._seen.add(child.id)
+            if child.id not in seen and child.id not in here:
+                here.add(child.id)
                 made += 1
                 yield child
 

@@ -6,7 +6,9 @@ the order of completion (*exact racing*). Always taking up the candidate with th
 the order of their totals, so that with one scorer no unit is spent on a candidate whose bound is above the k-th best.
 """
 
+import heapq
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -42,20 +44,30 @@ class Race:
         self._pending: dict[str, set[int]] = {id: set() for id in newcomers}
         self._rank = {id: rank for rank, id in enumerate(newcomers)}
         self._totals = {id: math.fsum(scores.values()) for id, scores in incumbents.items()}
-        self._incumbents = incumbents
+        self._ranked: list[float] = []  # complete totals, ascending
+        self._ranked_by_dim: dict[int, list[float]] = {dim: [] for dim in critical_dims.values()}
+        for id in incumbents:
+            self._rank_total(id)
+        self.incumbents = incumbents
         self._lost: set[str] = set()
         self._open: set[str] = set(newcomers)
+        self._turns = [self._turn(id) for id in newcomers]  # a heap; turns that are out of date stay in it
         self._reference = self._paired_reference()
 
     def next_unit(self) -> tuple[str, int] | None:
         """The next (candidate, sample), marked as under way; None if nothing is left to hand out now."""
-        ready = [id for id in self._open if len(self._scores[id]) + len(self._pending[id]) < self._num_samples]
-        if not ready:
-            return None
-        id = min(ready, key=lambda id: (len(self._pending[id]), self._bounds[id], self._rank[id]))
-        sample = next(s for s in self._order if s not in self._scores[id] and s not in self._pending[id])
-        self._pending[id].add(sample)
-        return id, sample
+        while self._turns:
+            turn = heapq.heappop(self._turns)
+            id = turn[-1]
+            if id not in self._open or turn != self._turn(id):
+                continue
+            scores, pending = self._scores[id], self._pending[id]
+            sample = next((s for s in self._order if s not in scores and s not in pending), None)
+            if sample is not None:
+                pending.add(sample)
+                heapq.heappush(self._turns, self._turn(id))
+                return id, sample
+        return None
 
     def add(self, id: str, sample: int, nll: float) -> None:
         """Commit one score; told twice, it counts once. An infinite NLL (a penalty) loses the race."""
@@ -66,11 +78,13 @@ class Race:
         self._bounds[id] = math.fsum(self._scores[id].values())  # rounds once, so a part never exceeds the whole
         if id not in self._open:
             return
+        heapq.heappush(self._turns, self._turn(id))
         racing = self._settings.racing != "off"
         if racing and (not math.isfinite(nll) or self._loses_paired_test(id)):
             self._close(id)
         elif len(self._scores[id]) == self._num_samples:
             self._totals[id] = self.lower_bound(id)
+            self._rank_total(id)
             self._open.discard(id)
             for other in [other for other in self._open if racing and not self._can_survive(other)]:
                 self._close(other)
@@ -101,24 +115,56 @@ class Race:
         """What the candidate's total is at least."""
         return self._bounds[id]
 
+    def estimates(self) -> dict[str, dict[int, float]]:
+        """Rows of the newcomers that may survive, as far as one can tell from one sample on: finite, gaps filled in.
+
+        A gap is the sample's mean over the complete candidates, times how much worse than their mean the newcomer is on
+        the samples that it has; one more average sample keeps the ratio near 1 where little is known.
+        """
+        complete = {id: self._scores[id] for id in self._scores if math.isfinite(self._totals.get(id, math.inf))}
+        known = [*self.incumbents.values(), *complete.values()] or list(self._scores.values())
+        columns = [[row[s] for row in known if s in row and math.isfinite(row[s])] for s in range(self._num_samples)]
+        means = [math.fsum(column) / len(column) if column else 0.0 for column in columns]
+        typical = math.fsum(means) / len(means)
+        rows = dict(complete)
+        for id in self._open:
+            scores, bound = self._scores[id], self._bounds[id]
+            expected = typical + math.fsum(means[s] for s in scores)
+            if scores and math.isfinite(bound):
+                ratio = (typical + bound) / expected if expected else 1.0
+                rows[id] = {s: scores.get(s, ratio * means[s]) for s in range(self._num_samples)}
+        return rows
+
+    def _turn(self, id: str) -> tuple[int, float, int, str]:
+        """Who is next: few units under way first, then the lowest bound, then the order of the newcomers.
+
+        Without racing nobody is stopped: one candidate after the other, so that most totals are known early.
+        """
+        if self._settings.racing == "off":
+            return 0, 0.0, self._rank[id], id
+        return len(self._pending[id]), self._bounds[id], self._rank[id], id
+
+    def _rank_total(self, id: str) -> None:
+        insort(self._ranked, self._totals[id])
+        insort(self._ranked_by_dim[self._dims[id]], self._totals[id])
+
     def _close(self, id: str) -> None:
         self._open.discard(id)
         self._lost.add(id)
 
     def _can_survive(self, id: str) -> bool:
         """Whether the global top k or the candidate's niche still has a place for its lower bound."""
-        bound, dim = self.lower_bound(id), self._dims[id]
-        better = [other for other, total in self._totals.items() if total < bound]
-        if len(better) < self._settings.top_k:
+        bound = self.lower_bound(id)
+        if bisect_left(self._ranked, bound) < self._settings.top_k:
             return True
-        return sum(self._dims[other] == dim for other in better) < self._settings.niche_size
+        return bisect_left(self._ranked_by_dim[self._dims[id]], bound) < self._settings.niche_size
 
     def _paired_reference(self) -> Scores | None:
         """The worst incumbent: who loses against it, sample by sample, will not survive either."""
-        full = len(self._incumbents) >= self._settings.top_k
+        full = len(self.incumbents) >= self._settings.top_k
         if self._settings.racing != "statistical" or not full or self._settings.niche_size:
             return None
-        return self._incumbents[max(self._incumbents, key=lambda id: (self._totals[id], id))]
+        return self.incumbents[max(self.incumbents, key=lambda id: (self._totals[id], id))]
 
     def _loses_paired_test(self, id: str) -> bool:
         """Statistical racing: one-sided paired test against the worst incumbent on the samples in fixed order.

@@ -361,6 +361,10 @@ class RunDir:
         if len(old) > 1:
             self.require_ownership()
             self.append_scores(ledger)
+            if self.local:  # the new name must be on disk before the old ones go
+                folder = os.open(str(self.path / "scores"), os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
             for name in old:
                 (self.path / name).unlink(missing_ok=True)
                 self._segments.discard(name)

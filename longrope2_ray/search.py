@@ -7,17 +7,21 @@ most answers there.
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+from longrope2_ray.ahead import Ahead
 from longrope2_ray.baselines import WITH_CRITICAL_DIM, baseline
 from longrope2_ray.evolution import Candidate, Evolution, SearchSpace, attention_factor
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.racing import Race
-from longrope2_ray.recipe import Recipe, SearchSection
+from longrope2_ray.recipe import Recipe, SearchSection, StoppedError
 from longrope2_ray.rope import RopeGeometry
-from longrope2_ray.rundir import RunDir, Score
+from longrope2_ray.rundir import FencedError, RunDir, RunDirError, Score
 
 SEARCH_SET = "search"
 STATUS_SECONDS = 2.0
@@ -53,6 +57,9 @@ class Scorers(Protocol):
 
     def wait(self) -> list[Score]:
         """Scores that have come in, after waiting a little for the first; may be empty."""
+
+    def flush(self) -> list[Score]:
+        """Scores that have come in by now, without waiting."""
 
     def counts(self) -> Mapping[str, int]:
         """Scorers by state: ``starting``, ``idle``, ``busy``."""
@@ -140,15 +147,39 @@ class SearchRun:
         self._evolution = Evolution(SearchSpace.from_recipe(geometry, recipe.search), recipe.search)
         self._ledger = run_dir.load_scores()
         self._under_way: set[tuple[str, str, int]] = set()
+        self._asked: set[tuple[str, str]] = set()
+        self._not_asked = Counter(key[:2] for key in self._ledger)  # (vector, needle set) -> units in the ledger
+        num_samples = len(num_tokens[SEARCH_SET])
+        self._ahead = Ahead(self._evolution, recipe.search, num_samples, partial(self._known, SEARCH_SET))
+        self._report_ahead: deque[Unit] = deque()  # rows of the tables that idle scorers may take
+        self._guessed = ""  # whose rows are in there
         self._began, self._last_status = time.monotonic(), 0.0
-        self._recent: list[float] = []
+        self._recent: deque[float] = deque(maxlen=200)
         self._units_here = 0
         self.status = Status(recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger))
 
     def run(self) -> dict[str, Any]:
-        """Search, compare, and write ``winner.json``; returns its content."""
+        """Search, compare, and write ``winner.json``; returns its content.
+
+        Whatever ends it early, scores that have come in by then are committed.
+        """
+        try:
+            return self._run()
+        except (KeyboardInterrupt, StoppedError) as error:
+            if not isinstance(error, FencedError):
+                self.status.state = "stopped" if isinstance(error, StoppedError) else "interrupted"
+                self._run_dir.patience_seconds = 0.0  # whoever asked for an end may not wait long for it
+                with suppress(StoppedError, RunDirError):
+                    self._commit(self._scorers.flush())
+                    self.status.units_done = len(self._ledger)
+                    self._tell_observer("end")
+            raise
+
+    def _run(self) -> dict[str, Any]:
         evolution = self._evolution
         self.status.state = "searching"
+        self._queue_report(None)
+        self._ask((unit.vector_id, unit.needle_set) for unit in self._report_ahead)
         while not evolution.finished:
             generation = evolution.generation
             race = self._race(generation.survivors, generation.candidates)
@@ -157,6 +188,7 @@ class SearchRun:
             self._close_generation(generation.index, generation.candidates, race)
         self.status.state = "reporting"
         winner = self._winner()
+        self._run_dir.require_ownership()
         self._run_dir.write_json("winner.json", winner)
         self.status.state, self.status.eta_seconds = "finished", 0.0
         self._tell_observer("end")
@@ -174,45 +206,106 @@ class SearchRun:
 
     def _score(self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str) -> None:
         """Feed the scorers until the race is over; every score is committed before it counts."""
-        for (id, name, sample), score in self._ledger.items():
-            if name == needle_set and id in vectors:
-                race.add(id, sample, _nll_of(score))
+        self._ask((id, needle_set) for id in vectors)
+        for id in vectors:
+            for sample in range(len(self._num_tokens[needle_set])):
+                if (nll := self._known(needle_set, id, sample)) is not None:
+                    race.add(id, sample, nll)
         while not race.finished:
-            while self._scorers.free() > 0 and (unit := race.next_unit()):
-                key = (unit[0], needle_set, unit[1])
-                if key not in self._under_way:  # it may still be under way from a race that ended without it
-                    self._under_way.add(key)
-                    self._scorers.submit(Unit(*key, vectors[unit[0]]))
-            scores = self._scorers.wait()
-            self._run_dir.append_scores(scores)
+            self._hand_out(self._units(race, vectors, needle_set))
+            scores = self._commit(self._scorers.wait())
             for score in scores:
-                self._under_way.discard(score.key)
-                self._ledger.setdefault(score.key, score)
                 if score.needle_set == needle_set:
                     race.add(score.vector_id, score.sample, _nll_of(score))
+                if score.needle_set == SEARCH_SET:
+                    self._ahead.add(score.vector_id, score.sample, _nll_of(score))
             self._count(scores, race)
+        self._refresh(race)
+
+    def _commit(self, scores: Sequence[Score]) -> Sequence[Score]:
+        """Scores into the ledger, on disk first."""
+        self._run_dir.append_scores(scores)
+        for score in scores:
+            self._under_way.discard(score.key)
+            if score.key not in self._ledger:
+                self._ledger[score.key] = score
+                if score.key[:2] not in self._asked:
+                    self._not_asked[score.key[:2]] += 1
+        return scores
+
+    def _hand_out(self, units: Iterable[Unit]) -> None:
+        """Give every free scorer a unit that is neither scored nor under way (from a race that ended without it)."""
+        free = self._scorers.free()
+        if free <= 0:
+            return
+        for unit in units:
+            if unit.key in self._under_way or unit.key in self._ledger:
+                continue
+            self._under_way.add(unit.key)
+            self._scorers.submit(unit)
+            free -= 1
+            if free == 0:
+                return
+
+    def _units(self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str) -> Iterator[Unit]:
+        """Units in the order in which scorers should take them: the open race's, then what will be needed whoever
+        survives, then what will be needed if the present order lasts."""
+        while unit := race.next_unit():
+            yield Unit(unit[0], needle_set, unit[1], vectors[unit[0]])
+        if not self._recipe.scorer.look_ahead:
+            return
+        while self._report_ahead:
+            yield self._report_ahead.popleft()
+        if self.status.state != "searching":
+            return
+        for child, sample in self._ahead.units(race):
+            yield Unit(child.id, SEARCH_SET, sample, child.factors)
+        best = self._ahead.best
+        if self._evolution.generation.index == self._recipe.search.iterations and best and best.id != self._guessed:
+            self._guessed = best.id
+            self._queue_report(best)
+            while self._report_ahead:
+                yield self._report_ahead.popleft()
+
+    def _queue_report(self, winner: Candidate | None) -> None:
+        """Let idle scorers take the rows of the tables."""
+        for length, _, _, vector in self._comparisons(winner):
+            name, id = report_set(length), content_id(vector)
+            self._report_ahead.extend(Unit(id, name, sample, vector) for sample in range(len(self._num_tokens[name])))
+
+    def _ask(self, vectors: Iterable[tuple[str, str]]) -> None:
+        """These (vector, needle set) are needed: their units are no longer ahead."""
+        for vector in vectors:
+            self._asked.add(vector)
+            self._not_asked.pop(vector, None)
 
     def _nll(self, vector_id: str, needle_set: str, sample: int) -> float:
         return _nll_of(self._ledger[vector_id, needle_set, sample])
 
+    def _known(self, needle_set: str, vector_id: str, sample: int) -> float | None:
+        score = self._ledger.get((vector_id, needle_set, sample))
+        return None if score is None else _nll_of(score)
+
     # --- what others see
 
     def _count(self, scores: Sequence[Score], race: Race) -> None:
-        status = self.status
         self._units_here += len(scores)
-        self._recent = [*self._recent, *(s.seconds for s in scores)][-200:]
-        status.units_done = len(self._ledger)
+        self._recent.extend(s.seconds for s in scores)
+        if scores:
+            self.status.committed_at = round(time.time(), 3)
+        if (now := time.monotonic()) - self._last_status >= STATUS_SECONDS:
+            self._last_status = now
+            self._refresh(race)
+            self._tell_observer("units")
+
+    def _refresh(self, race: Race) -> None:
+        status = self.status
+        status.units_done, status.units_ahead = len(self._ledger), self._not_asked.total()
         status.units_left = race.num_units_left
         status.unit_seconds = statistics.median(self._recent) if self._recent else None
         status.elapsed_seconds = time.monotonic() - self._began
         status.eta_seconds = self._eta(race)
         status.scorers, status.losses = dict(self._scorers.counts()), dict(self._scorers.losses())
-        if scores:
-            status.committed_at = round(time.time(), 3)
-        now = time.monotonic()
-        if now - self._last_status >= STATUS_SECONDS:
-            self._last_status = now
-            self._tell_observer("units")
 
     def _eta(self, race: Race) -> float | None:
         """Units that are probably left, at the pace of this process."""
@@ -224,7 +317,8 @@ class SearchRun:
         else:
             generation = self._evolution.generation.index
             left = race.num_units_left + (search.iterations - generation) * search.num_children * samples
-            left *= 1 - self.status.units_raced_out / max(self.status.units_raced_out + self.status.units_done, 1)
+            asked = self.status.units_done - self.status.units_ahead
+            left *= 1 - self.status.units_raced_out / max(self.status.units_raced_out + asked, 1)
             left += report_units(self._recipe)
         return left * self.status.elapsed_seconds / self._units_here
 
@@ -260,23 +354,26 @@ class SearchRun:
 
     # --- the result
 
-    def _comparisons(self, winner: Candidate) -> list[tuple[int, float, str, RescaleFactors]]:
-        """(length, attention factor, method, vector) of every row of the tables."""
+    def _comparisons(self, winner: Candidate | None) -> list[tuple[int, float, str, RescaleFactors]]:
+        """(length, attention factor, method, vector) of every row of the tables; without a winner, of those that do not
+        depend on it."""
         recipe, geometry = self._recipe, self._geometry
         target, report = recipe.search.target_length, recipe.report
         ratio, original = target / geometry.original_length, geometry.original_length
-        own = winner.attention_factor
+        own = winner.attention_factor if winner else self._evolution.space.fixed_attention
         rows = []
         for length in report.lengths or [target]:
-            settings = report.attention_factors or [own]
+            settings = report.attention_factors or ["search"]
             numbers = [attention_factor(s, ratio, original) for s in settings]
             for factor in dict.fromkeys(own if n is None else n for n in numbers):
                 for method in report.methods:
-                    if method == "longrope2":
+                    if factor is None or (winner is None and method in WITH_CRITICAL_DIM):
+                        continue
+                    if winner and method == "longrope2":
                         values = winner.factors.values
                         vector = RescaleFactors(values, factor, winner.critical_dim, f"winner {winner.id}")
                     else:
-                        dim = winner.critical_dim or None
+                        dim = (winner and winner.critical_dim) or None
                         temperature = 1.0 if method == "unscaled" else factor
                         vector = baseline(
                             method,
@@ -291,6 +388,9 @@ class SearchRun:
     def _winner(self) -> dict[str, Any]:
         best, geometry, search = self._evolution.best, self._geometry, self._recipe.search
         rows = self._comparisons(best)
+        self._report_ahead.clear()
+        self._queue_report(best)
+        self._ask((content_id(vector), report_set(length)) for length, _, _, vector in rows)
         off = SearchSection.model_validate({**search.model_dump(), "racing": "off"})
         for length in dict.fromkeys(row[0] for row in rows):
             vectors = {content_id(v): v for at, _, _, v in rows if at == length}

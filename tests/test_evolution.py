@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -505,3 +506,46 @@ def test_random_search_and_a_search_of_immigrants_alone_draw_the_same_kind_of_ca
     for search in (told(mutation="random", initial="uniform"), told(immigrants=1.0, initial="uniform")):
         low, high = search.space.tail_bounds
         assert all(low <= c.tail[0] < c.tail[-1] <= high and list(c.tail) == sorted(c.tail) for c in search.ask())
+
+
+# --- looking ahead
+
+
+@pytest.mark.parametrize("changes", [{}, {"preset": "authors", "top_k": 4}, {"niche_size": 1}, {"immigrants": 0.3}])
+def test_a_preview_is_the_generation_that_is_told_and_changes_nothing(changes: dict[str, Any]) -> None:
+    search, undisturbed = evolution(**changes), evolution(**changes)
+    while not search.finished:
+        totals = totals_of(search.ask())
+        search.children(search.preview(search.generation, {id: -total for id, total in totals.items()}))
+        standing = search.preview(search.generation, totals)
+        children = search.children(standing)
+        search.tell(totals)
+        undisturbed.tell(totals)
+        assert standing.survivors == search.generation.survivors
+        assert children == search.generation.candidates == undisturbed.generation.candidates
+        assert search.generation == undisturbed.generation
+
+
+def test_two_generations_ahead_are_right_where_the_guess_is() -> None:
+    search = evolution()
+    first = search.preview(search.generation, totals_of(search.ask()))
+    first = replace(first, candidates=search.children(first))
+    second = search.preview(first, totals_of(first.candidates))
+    ahead = search.children(second, {c.id for c in first.candidates})
+    for _ in range(2):
+        search.tell(totals_of(search.ask()))
+    assert ahead == search.generation.candidates
+
+
+def test_children_of_a_guess_are_right_as_far_as_the_ranks_of_their_parents_are() -> None:
+    search = evolution(num_children=4, shift_probability=0.0)
+    right = search.preview(search.generation, totals_of(search.ask()))
+    stranger = next(c for c in search.ask() if c not in right.survivors)
+    wrong = replace(right, survivors=(*right.survivors[:3], stranger))
+    assert search.children(wrong)[:3] == search.children(right)[:3]
+    assert search.children(wrong)[3] != search.children(right)[3]
+
+
+def test_nothing_is_bred_after_the_last_generation() -> None:
+    search = evolution(iterations=0)
+    assert search.children(search.preview(search.generation, totals_of(search.ask()))) == ()

@@ -389,3 +389,50 @@ def test_a_race_without_newcomers_is_over() -> None:
     race = Race({"x": 3}, [], {"x": {0: 1.0}}, 1, section)
     assert race.finished
     assert race.next_unit() is None
+
+
+@pytest.mark.parametrize("racing", ["exact", "off"])
+def test_every_unit_is_handed_out_once_while_none_comes_back(racing: str) -> None:
+    race = Case({id: [1.0] * 3 for id in "abc"}, racing=racing).race()
+    units = [race.next_unit() for _ in range(9)]
+    assert len(set(units)) == 9
+    assert race.next_unit() is None
+    if racing == "off":
+        assert [unit[0] for unit in units if unit] == [*"aaabbbccc"]
+
+
+def test_estimates_fill_gaps_by_what_the_complete_ones_have_there() -> None:
+    race = Case({"a": [2.0, 4.0], "b": [3.0, 3.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=4).race()
+    assert race.estimates() == {}
+    race.add("a", 1, 3.0)
+    race.add("b", 0, 4.0)
+    typical, ratio = 2.0, (2.0 + 4.0) / (2.0 + 1.0)
+    assert typical == (1.0 + 3.0) / 2
+    assert race.estimates()["b"] == {0: 4.0, 1: ratio * 3.0}
+    race.add("b", 1, 6.0)
+    assert race.estimates()["b"] == {0: 4.0, 1: 6.0}
+    typical, means = 3.5, (2.5, 4.5)  # of the complete ones, b among them
+    assert race.estimates()["a"] == {0: (typical + 3.0) / (typical + means[1]) * means[0], 1: 3.0}
+
+
+def test_estimates_know_nobody_who_cannot_survive() -> None:
+    race = Case({"a": [9.0, 9.0], "b": [INF, 1.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=1).race()
+    race.add("a", 0, 9.0)
+    race.add("b", 0, INF)
+    race.add("c", 1, 0.0)
+    assert set(race.estimates()) == {"c"}
+    off = Case({"b": [INF, 1.0], "c": [0.0, 0.0]}, racing="off").race()
+    off.add("b", 0, INF)
+    off.add("c", 0, 0.0)
+    assert off.estimates() == {"c": {0: 0.0, 1: 0.0}}
+    off.add("b", 1, 1.0)
+    assert set(off.estimates()) == {"c"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), width=st.integers(1, 8), rng=st.randoms(use_true_random=False))
+def test_estimates_of_a_finished_exact_race_select_its_survivors(case: Case, width: int, rng: random.Random) -> None:
+    race = case.race()
+    drive(race, case, width, rng)
+    estimated = {id: math.fsum(row.values()) for id, row in race.estimates().items()}
+    assert case.survivors(estimated) == case.full_evaluation()

@@ -67,6 +67,9 @@ class ToyScorers:
     def counts(self) -> Mapping[str, int]:
         return {"busy": len(self._queue)}
 
+    def flush(self) -> list[Score]:
+        return []
+
     def losses(self) -> Mapping[str, int]:
         return {}
 

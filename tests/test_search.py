@@ -15,7 +15,7 @@ from toy import GEOMETRY, NUM_SAMPLES, NUM_TOKENS, TARGET_LENGTH, KilledError, T
 
 from longrope2_ray.evolution import Candidate
 from longrope2_ray.factors import factors_from_json
-from longrope2_ray.recipe import Recipe
+from longrope2_ray.recipe import Recipe, StoppedError
 from longrope2_ray.rundir import RunDir, Score
 from longrope2_ray.search import SEARCH_SET, Status, Unit, perplexity, report_set, summarize
 
@@ -295,3 +295,34 @@ def test_a_summary_counts_what_was_answered_right() -> None:
 
 def test_a_summary_with_a_penalty_has_no_perplexity() -> None:
     assert summarize([Score("v", "search", 0, None, 7, False), Score("v", "search", 1, 1.0, 7, True)])["ppl"] is None
+
+
+class InterruptedScorers(ToyScorers):
+    """Somebody presses Ctrl-C while units are under way; one of them has come in just then."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(width=3, kill_after=7)
+        self.error = error
+
+    def wait(self) -> list[Score]:
+        try:
+            return super().wait()
+        except KilledError:
+            raise self.error from None
+
+    def flush(self) -> list[Score]:
+        return [self._complete()]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (StoppedError("no memory"), "stopped")]
+)
+def test_a_search_that_is_ended_early_commits_what_has_come_in(error: BaseException, state: str) -> None:
+    run_dir, scorers = memory(), InterruptedScorers(error)
+    with pytest.raises(type(error)):
+        toy_run(toy_recipe(), run_dir, scorers).run()
+    assert len(scorers.scored) == 8
+    assert set(RunDir(run_dir.url).load_scores()) == set(scorers.scored)
+    status = run_dir.status()
+    assert status is not None
+    assert (status["state"], status["units_done"]) == (state, 8)

@@ -16,13 +16,13 @@ from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_s
 GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
 TARGET_LENGTH = 1024
 NUM_SAMPLES = 4
-NUM_TOKENS = {SEARCH_SET: [7] * NUM_SAMPLES, report_set(TARGET_LENGTH): [7] * NUM_SAMPLES}
+NUM_TOKENS = {name: [7] * NUM_SAMPLES for name in (SEARCH_SET, *map(report_set, (TARGET_LENGTH, 2 * TARGET_LENGTH)))}
 IDENTITY = {"model": "toy", f"needles {SEARCH_SET}": "a", f"needles {report_set(TARGET_LENGTH)}": "b"}
 
 Nll = Callable[[Unit], float | None]
 
 
-def toy_recipe(report: Mapping[str, Any] | None = None, **search: Any) -> Recipe:
+def toy_recipe(report: Mapping[str, Any] | None = None, look_ahead: bool = True, **search: Any) -> Recipe:
     """A search of seconds over the toy; ``search`` overrides its fields."""
     small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_children": 6}
     return Recipe(
@@ -31,6 +31,7 @@ def toy_recipe(report: Mapping[str, Any] | None = None, **search: Any) -> Recipe
         search={"target_length": TARGET_LENGTH, **small, **search},
         needles={"num_samples": NUM_SAMPLES},
         report={"num_samples": NUM_SAMPLES, **(report or {})},
+        scorer={"look_ahead": look_ahead},
     )
 
 
@@ -55,6 +56,7 @@ class ToyScorers:
         nll: what a unit scores.
         kill_after: raise ``KilledError`` from ``wait`` once so many units were scored.
         batch: how many units may come out of one ``wait``.
+        stragglers: share of the units that come out only when no other is in flight.
     """
 
     def __init__(
@@ -64,11 +66,14 @@ class ToyScorers:
         nll: Nll = toy_nll,
         kill_after: int | None = None,
         batch: int = 1,
+        stragglers: float = 0.0,
     ):
         self._width, self._nll, self._kill_after, self._batch = width, nll, kill_after, batch
+        self._stragglers = stragglers
         self._rng = None if shuffle is None else random.Random(shuffle)
         self._in_flight: list[Unit] = []
         self.submitted: Counter[tuple[str, str, int]] = Counter()
+        self.submitted_after: dict[tuple[str, str, int], int] = {}  # how many units had been scored
         self.scored: list[tuple[str, str, int]] = []
 
     def free(self) -> int:
@@ -78,6 +83,7 @@ class ToyScorers:
         assert self.free() > 0, "submitted more than free() allows"
         self._in_flight.append(unit)
         self.submitted[unit.key] += 1
+        self.submitted_after[unit.key] = len(self.scored)
 
     def wait(self) -> list[Score]:
         if self._kill_after is not None and len(self.scored) >= self._kill_after:
@@ -89,18 +95,32 @@ class ToyScorers:
     def counts(self) -> Mapping[str, int]:
         return {"busy": len(self._in_flight), "idle": self.free()}
 
+    def flush(self) -> list[Score]:
+        return []
+
     def losses(self) -> Mapping[str, int]:
         return {}
 
     def _complete(self) -> Score:
-        unit = self._in_flight.pop(0 if self._rng is None else self._rng.randrange(len(self._in_flight)))
+        ready = [unit for unit in self._in_flight if not self._straggles(unit)] or self._in_flight
+        unit = ready[0 if self._rng is None else self._rng.randrange(len(ready))]
+        self._in_flight.remove(unit)
         nll = self._nll(unit)
         self.scored.append(unit.key)
         finite = nll is not None and math.isfinite(nll)
         return Score(*unit.key, nll if finite else None, 7, bool(finite and nll < 0.5), 0.01 * len(self.scored), "toy")
+
+    def _straggles(self, unit: Unit) -> bool:
+        return random.Random(repr(unit.key)).random() < self._stragglers
 
 
 def toy_run(recipe: Recipe, run_dir: RunDir, scorers: ToyScorers, observers: Sequence[Observer] = ()) -> SearchRun:
     """A search run over the toy; a second one on the same directory resumes the first."""
     run_dir.create()
     return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY, observers)
+
+
+def result_bytes(run_dir: RunDir) -> dict[str, bytes]:
+    """What may not depend on who scored, in which order: the winner and every generation."""
+    names = ["winner.json", *run_dir.names("generations")]
+    return {name: bytes((run_dir.path / name).read_bytes()) for name in names}
