@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-train test lint smollm2 clean
+.PHONY: demo demo-train cluster-demo test lint smollm2 clean
 
 # PyTorch first, on its own: the pinned release installs as a CPU build, and nothing later asks for another one.
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ runs/retrieval.jsonl: $(STAMP) jobs/retrieval_documents.py
 demo-train: demo runs/retrieval.jsonl
 	$(BIN)/longrope2 data demo
 	$(BIN)/longrope2 train demo
+
+# A head and two worker nodes on this machine: a search as a job, stopped half way, submitted again, the same winner.
+cluster-demo: $(STAMP)
+	$(BIN)/python cluster/demo.py
 
 smollm2: $(VENV)/.smollm2
 	$(BIN)/longrope2 search smollm2_135m
