@@ -79,7 +79,7 @@ class Ahead:
         """The guess at what follows a generation and its race, renewed once an eighth of the race's units came in."""
         old = self._guesses[depth] if depth < len(self._guesses) else None
         left = race.num_units_left
-        if old and old.source is race and left > old.units_left * 7 // 8:
+        if old and old.source is race and (left > old.units_left * 7 // 8 or left == old.units_left):
             return old
         rows = {**race.incumbents, **race.estimates()}
         if generation.index > self._settings.iterations or not rows:

@@ -152,7 +152,7 @@ class ScorerPool:
         self._losses = dict.fromkeys(("requeued", "deaths", "preemptions", "stalls", "disputed"), 0)
         self._made = self._failed_starts = 0
         self._resized, self._last_ready = -math.inf, time.monotonic()
-        self._next_start = -math.inf
+        self._next_start = self._looked = -math.inf
         self._resize()
 
     # --- the Scorers protocol
@@ -358,6 +358,9 @@ class ScorerPool:
             "loading": (self._settings.load_seconds, "scorer.load_seconds"),
         }
         now = time.monotonic()
+        if now - self._looked < 1.0:
+            return
+        self._looked = now
         for slot in list(self._slots.values()):
             limit, field = limits.get(slot.stage, (math.inf, ""))
             if now - slot.since > limit:

@@ -24,7 +24,7 @@ class Race:
     Args:
         critical_dims: candidate id -> critical dimension, incumbents among them.
         newcomers: ids that have to be scored, in order.
-        incumbents: id -> (sample -> NLL) of the survivors so far, complete.
+        incumbents: id -> (sample -> NLL) of the survivors so far, complete (guesses among them to look ahead).
         num_samples: samples of a complete score.
         settings: ``racing``, ``racing_confidence``, ``top_k``, ``niche_size``.
     """

@@ -9,6 +9,7 @@ seen there may be missing unless its file was damaged on purpose. Run again with
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -190,6 +191,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("runs/soak.jsonl"))
     args = parser.parse_args()
+    logging.getLogger("longrope2").setLevel(logging.ERROR)  # who looks on need not name each damaged file
     rows = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
     args.log.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))

@@ -6,9 +6,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PURE = [
-    "rope", "factors", "baselines", "recipe", "evolution", "racing", "search", "rundir", "needles", "text", "plan",
+    "rope", "factors", "baselines", "recipe", "evolution", "racing", "ahead", "search", "rundir", "needles", "text", "plan",
     "packing", "documents",
-    *(["report"] if (ROOT / "longrope2_ray" / "report.py").exists() else []),
+    "report",
 ]  # fmt: skip
 
 

@@ -1,0 +1,320 @@
+"""How busy scorers are, how long they idle at the end of a generation, and what the driver costs: looking ahead off and on.
+
+    python tests/benchmarks/bench_scheduler.py ray   --scorers 8 64 256 --racing exact off
+    python tests/benchmarks/bench_scheduler.py model --scorers 8 64 256 512 4096 --racing exact off --driver-ms 2
+
+Both drive the real search: race, evolution, ledger. ``ray`` adds the real pool on a real Ray, with scorers that sleep:
+one asynchronous actor stands for all of them, since hundreds of processes do not fit a small machine. ``model`` replaces
+the pool and the clock by a heap of completion times; the driver handles one unit after the other, each for
+``--driver-ms``. Unit times are lognormal with a few stragglers, one attempt in a hundred fails and is made again. The
+winner must be the same bytes with looking ahead off and on.
+"""
+
+import argparse
+import asyncio
+import heapq
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from longrope2_ray.factors import assemble
+from longrope2_ray.recipe import Recipe, ScorerSection
+from longrope2_ray.rope import RopeGeometry
+from longrope2_ray.rundir import RunDir, Score
+from longrope2_ray.search import SEARCH_SET, SearchRun, Status, Unit, report_set
+
+GEOMETRY = RopeGeometry(128, 128, 5e5, 8192)  # Llama-3-8B
+TARGET_LENGTH, NUM_SAMPLES, NUM_TOKENS = 131_072, 10, 8
+SPREAD, STRAGGLERS, FAILURES = 0.25, 0.03, 0.01  # of log seconds; shares of attempts
+IDEAL = assemble(29, np.linspace(18, 26, 64 - 29))
+
+
+# --- what a unit scores and takes: functions of its content alone
+
+
+def _sample(seed: int) -> tuple[float, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return float(rng.lognormal(0, 0.4)), rng.dirichlet(np.ones(len(IDEAL)))
+
+
+SAMPLES = {True: [_sample(s) for s in range(NUM_SAMPLES)], False: [_sample(1000 + s) for s in range(NUM_SAMPLES)]}
+
+
+def nll(values: np.ndarray, needle_set: str, sample: int) -> float:
+    """Distance from an ideal vector, each sample with a hardness and an eye of its own."""
+    hardness, weights = SAMPLES[needle_set == SEARCH_SET][sample]
+    return NUM_TOKENS * hardness * (0.02 + 10 * float(weights @ np.log(values / IDEAL) ** 2))
+
+
+def attempt(values: np.ndarray, needle_set: str, sample: int, number: int, mean_seconds: float) -> tuple[float, bool]:
+    """(seconds, whether it fails) of the ``number``-th attempt at a unit."""
+    content = f"{values.tolist()} {needle_set} {sample} {number}".encode()
+    rng = np.random.default_rng(zlib.crc32(content))
+    seconds = rng.lognormal(-(SPREAD**2) / 2, SPREAD)
+    if rng.random() < STRAGGLERS:
+        seconds *= rng.uniform(3, 5)
+    seconds *= mean_seconds / (1 + STRAGGLERS * 3)
+    fails = rng.random() < FAILURES
+    return float(seconds * rng.random() if fails else seconds), fails
+
+
+# --- one measured search
+
+
+@dataclass
+class Trace:
+    """What happened: busy intervals by unit (None for an attempt that failed), and when generations closed."""
+
+    intervals: list[tuple[float, float, tuple[str, str, int] | None]] = field(default_factory=list)
+    closed: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    driver_seconds: float = 0.0
+
+
+def recipe(args: argparse.Namespace, children: int, racing: str, look_ahead: bool) -> Recipe:
+    return Recipe(
+        name="bench",
+        model={"path": "none"},
+        search={
+            "target_length": TARGET_LENGTH,
+            "population_size": children,
+            "num_children": children,
+            "iterations": args.generations - 1,
+            "racing": racing,
+            "seed": args.seed,
+        },
+        needles={"num_samples": NUM_SAMPLES},
+        report={"num_samples": NUM_SAMPLES},
+        scorer={"look_ahead": look_ahead},
+    )
+
+
+def search(settings: Recipe, run_dir: RunDir, scorers: Any, clock: Callable[[], float]) -> Trace:
+    """Run it; the trace has no intervals yet."""
+    trace = Trace()
+
+    def observe(status: Status, event: str) -> None:
+        if event == "generation":
+            trace.closed.append(clock())
+
+    tokens = {name: [NUM_TOKENS] * NUM_SAMPLES for name in (SEARCH_SET, report_set(TARGET_LENGTH))}
+    run_dir.create()
+    run = SearchRun(settings, GEOMETRY, tokens, run_dir, scorers, {}, [observe])
+    began = time.process_time()
+    run.run()
+    trace.driver_seconds, trace.ended = time.process_time() - began, clock()
+    return trace
+
+
+def result_bytes(run_dir: RunDir) -> dict[str, bytes]:
+    names = ["winner.json", *run_dir.names("generations")]
+    return {name: bytes((run_dir.path / name).read_bytes()) for name in names}
+
+
+def table_row(trace: Trace, run_dir: RunDir, scorers: int) -> list[str]:
+    """Shares of the search phase, the idle time that a generation ends with, and what the driver took."""
+    ledger = run_dir.load_scores()
+    asked = {c["id"] for generation in run_dir.generations() for c in generation["candidates"]}
+    winner = run_dir.winner()
+    assert winner is not None
+    rows = {tuple(row["nll_per_sample"]) for row in winner["report"]}
+    reported: dict[str, dict[int, float | None]] = {}
+    for (id, name, sample), score in ledger.items():
+        if name != SEARCH_SET:
+            reported.setdefault(id, {})[sample] = score.nll_sum
+    needed = asked | {id for id, row in reported.items() if tuple(row[s] for s in sorted(row)) in rows}
+    began, closed = min(start for start, _, _ in trace.intervals), trace.closed
+
+    def busy(since: float, until: float, only_needed: bool = False) -> float:
+        return math.fsum(
+            max(0.0, min(end, until) - max(start, since))
+            for start, end, key in trace.intervals
+            if not only_needed or (key and key[0] in needed)
+        )
+
+    wall = closed[-1] - began
+    mean = statistics.fmean(end - start for start, end, key in trace.intervals if key)
+    idle = statistics.median(
+        (until - since) - busy(since, until) / scorers for since, until in itertools.pairwise([began, *closed])
+    )
+    units = len(ledger)
+    wasted = sum(key[0] not in needed for key in ledger)
+    return [
+        f"{busy(began, closed[-1]) / wall / scorers:.1%}",
+        f"{busy(began, closed[-1], only_needed=True) / wall / scorers:.1%}",
+        f"{idle:.2f} s / {idle / mean:.2f}",
+        f"{wall:.1f}",
+        f"{trace.ended - began:.1f}",
+        f"{units}",
+        f"{wasted}",
+        f"{units / (trace.ended - began):.1f}",
+        f"{1000 * trace.driver_seconds / units:.2f}",
+    ]
+
+
+HEADER = [
+    "scorers", "children", "racing", "look ahead", "busy", "useful", "idle a generation (s / unit times)", "search s", "run s", "units", "wasted",
+    "units/s", "driver CPU ms/unit",
+]  # fmt: skip
+
+
+def table(args: argparse.Namespace, one: Callable[[int, Recipe, RunDir], Trace]) -> None:
+    print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
+    for scorers, children, racing in itertools.product(args.scorers, args.children, args.racing):
+        results = []
+        for look_ahead in (False, True):
+            with run_directory(args) as run_dir:
+                settings = recipe(args, children, racing, look_ahead)
+                row = table_row(one(scorers, settings, run_dir), run_dir, scorers)
+                results.append(result_bytes(run_dir))
+            label = [str(scorers), str(children), racing, "on" if look_ahead else "off"]
+            print("| " + " | ".join([*label, *row]) + " |", flush=True)
+        assert results[0] == results[1], "looking ahead changed the result"
+
+
+@contextmanager
+def run_directory(args: argparse.Namespace) -> Iterator[RunDir]:
+    if args.kind == "model":
+        yield RunDir(f"memory://{uuid.uuid4().hex}/run")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield RunDir(folder)
+
+
+# --- on Ray
+
+
+class SleepingScorers:
+    """One actor that stands for many scorers: calls of ``score`` sleep beside each other."""
+
+    def __init__(self, mean_seconds: float):
+        self._mean_seconds = mean_seconds
+        self._attempts: dict[tuple[bytes, str, int], int] = {}
+        self._failed: list[tuple[float, float]] = []
+
+    async def place(self) -> int:
+        return os.getpid()
+
+    async def ready(self) -> None:
+        pass
+
+    async def score(
+        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float
+    ) -> tuple[float, int, bool, float]:
+        began, vector = time.time(), np.array(values)
+        key = (vector.tobytes(), needle_set, sample)
+        number = self._attempts[key] = self._attempts.get(key, -1) + 1
+        seconds, fails = attempt(vector, needle_set, sample, number, self._mean_seconds)
+        await asyncio.sleep(seconds)
+        if fails:
+            self._failed.append((began, time.time()))
+            raise RuntimeError("simulated failure")
+        return nll(vector, needle_set, sample), NUM_TOKENS, True, time.time() - began
+
+    async def failed(self) -> list[tuple[float, float]]:
+        return self._failed
+
+
+def on_ray(args: argparse.Namespace) -> None:
+    import ray
+
+    from longrope2_ray import driver
+    from longrope2_ray.pool import ScorerPool
+
+    def one(scorers: int, settings: Recipe, run_dir: RunDir) -> Trace:
+        actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
+        limits = ScorerSection(max_attempts=10)
+        pool = ScorerPool(lambda name: actor, scorers, {"CPU": 0}, limits)
+        while pool.counts()["starting"]:
+            pool.wait()
+        trace = search(settings, run_dir, pool, time.time)
+        trace.intervals = [(s.started, s.started + s.seconds, s.key) for s in run_dir.load_scores().values()]
+        trace.intervals += [(began, ended, None) for began, ended in ray.get(actor.failed.remote())]
+        pool.close()
+        return trace
+
+    with driver.ray_session():
+        table(args, one)
+
+
+# --- as a model
+
+
+class ModelScorers:
+    """The Scorers protocol over a virtual clock; the driver is busy for ``driver_seconds`` with every unit."""
+
+    def __init__(self, scorers: int, mean_seconds: float, driver_seconds: float):
+        self._scorers, self._mean_seconds, self._driver_seconds = scorers, mean_seconds, driver_seconds
+        self.now = 0.0
+        self._under_way: list[tuple[float, int, float, Unit]] = []
+        self._order = itertools.count()
+        self.intervals: list[tuple[float, float, tuple[str, str, int] | None]] = []
+
+    def free(self) -> int:
+        return self._scorers - len(self._under_way)
+
+    def submit(self, unit: Unit) -> None:
+        start, number = self.now, 0
+        while True:
+            seconds, fails = attempt(unit.factors.values, unit.needle_set, unit.sample, number, self._mean_seconds)
+            if not fails:
+                break
+            self.intervals.append((start, start + seconds, None))
+            start, number = start + seconds, number + 1
+        heapq.heappush(self._under_way, (start + seconds, next(self._order), start, unit))
+
+    def wait(self) -> list[Score]:
+        self.now = max(self.now, self._under_way[0][0])
+        scores = []
+        while self._under_way and self._under_way[0][0] <= self.now:
+            end, _, start, unit = heapq.heappop(self._under_way)
+            self.intervals.append((start, end, unit.key))
+            value = nll(unit.factors.values, unit.needle_set, unit.sample)
+            scores.append(Score(*unit.key, value, NUM_TOKENS, True, end - start, "model", start))
+        self.now += self._driver_seconds * len(scores)
+        return scores
+
+    def counts(self) -> Mapping[str, int]:
+        return {"busy": len(self._under_way), "idle": self.free()}
+
+    def losses(self) -> Mapping[str, int]:
+        return {}
+
+
+def as_model(args: argparse.Namespace) -> None:
+    def one(scorers: int, settings: Recipe, run_dir: RunDir) -> Trace:
+        simulated = ModelScorers(scorers, args.seconds, args.driver_ms / 1000)
+        trace = search(settings, run_dir, simulated, lambda: simulated.now)
+        trace.intervals = simulated.intervals
+        return trace
+
+    table(args, one)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["ray", "model"])
+    parser.add_argument("--scorers", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--children", type=int, nargs="+", default=[64], help="candidates of a generation")
+    parser.add_argument("--racing", nargs="+", default=["exact", "off"], choices=["exact", "statistical", "off"])
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0, help="mean time of a unit")
+    parser.add_argument("--driver-ms", type=float, default=2.0, help="time that the driver takes for a unit (model)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    on_ray(args) if args.kind == "ray" else as_model(args)
+
+
+if __name__ == "__main__":
+    main()
