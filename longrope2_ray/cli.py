@@ -1,4 +1,7 @@
-"""The command ``longrope2``: search, plan, factors, score, report, recipe. Heavy imports stay inside the commands."""
+"""The command ``longrope2``: search, plan, factors, score, report, monitor, recipe.
+
+Heavy imports stay inside the commands.
+"""
 
 import argparse
 import json
@@ -90,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "Write report.html and figures of a run.", recipe=False)
     report.add_argument("run_dir")
 
+    monitor = command("monitor", _monitor, "Show where a run stands, until it is finished.", recipe=False)
+    monitor.add_argument("run_dir", help="directory or URL")
+    monitor.add_argument("--once", action="store_true", help="print it once")
+    monitor.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+
     fields = command(
         "recipe", _recipe, "Print the recipe reference: every field, its default and meaning.", recipe=False
     )
@@ -149,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if resumed:
         print(f"resuming {train_dir.url}", file=sys.stderr)
     with driver.ray_session(arguments.dashboard):
-        observer = TrainObserver(recipe.name)
+        observer = TrainObserver(recipe.name, recipe.train.checkpoint_steps)
         try:
             result = run_training(job, train_dir, observer)
         finally:
@@ -302,6 +310,18 @@ def _report(arguments: argparse.Namespace) -> None:
         raise ValueError(f"RUN_DIR: expected the directory of a run, got {arguments.run_dir!r}, which has no run.json")
     for path in write_report(run_dir):
         print(path)
+
+
+def _monitor(arguments: argparse.Namespace) -> int:
+    from longrope2_ray.monitor import monitor
+
+    if arguments.every <= 0:
+        raise ValueError(f"--every: expected seconds above 0, got {arguments.every:g}")
+    try:
+        monitor(arguments.run_dir, arguments.once, arguments.every)
+    except KeyboardInterrupt:  # whoever looks away interrupts nothing
+        return 130
+    return 0
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

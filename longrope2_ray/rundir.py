@@ -109,7 +109,7 @@ class RunDir:
         self._corrupt: set[str] = set()
         self._segments: set[str] = set()  # of the ledger, read or written here
         self._run = ""  # digest of recipe and fingerprints, known once the directory is opened
-        self._claim: str | None = None  # name of this driver's file
+        self.claim: str | None = None  # name of the driver's file on whose behalf this object writes
 
     def create(self) -> None:
         """Make the directory and prove that it can be written to."""
@@ -198,9 +198,11 @@ class RunDir:
         """
         path = self.path / name
         try:
-            body = json.loads(self._patiently(path.read_bytes, f"read {path}"))
+            data = self._patiently(path.read_bytes, f"read {path}")
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            body = json.loads(data)
         except (ValueError, UnicodeDecodeError) as error:
             raise CorruptFileError(f"{path} is torn or corrupt: {error}") from error
         if not isinstance(body, dict) or body.pop("sha256", None) != _checksum(body):
@@ -302,9 +304,9 @@ class RunDir:
         claims = self.names("drivers")
         number = max((int(name.split("/")[1].split("-")[0]) for name in claims), default=0) + 1
         (self.path / "drivers").mkdir(exist_ok=True)
-        self._claim = f"drivers/{number:06d}-{uuid.uuid4().hex[:8]}.json"
+        self.claim = f"drivers/{number:06d}-{uuid.uuid4().hex[:8]}.json"
         me = {"host": socket.gethostname(), "process": os.getpid(), "started": round(time.time(), 3)}
-        self.write_json(self._claim, me)
+        self.write_json(self.claim, me)
 
     def require_ownership(self) -> None:
         """Nothing, unless a newer driver was started on this directory.
@@ -312,10 +314,10 @@ class RunDir:
         Raises:
             FencedError: if so.
         """
-        if self._claim is None:
+        if self.claim is None:
             return
-        newest = max(self.names("drivers"), default=self._claim)
-        if newest > self._claim:
+        newest = max(self.names("drivers"), default=self.claim)
+        if newest > self.claim:
             other = self.read_or_skip(newest) or {}
             raise FencedError(
                 f"a newer driver (process {other.get('process', '?')} on {other.get('host', '?')}) has taken over "

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from longrope2_ray.factors import RescaleFactors, factors_from_json
 from longrope2_ray.packing import SegmentReader
 from longrope2_ray.plan import step_flops
 from longrope2_ray.recipe import TRAIN_FREE_FIELDS, Recipe, StoppedError, flatten
-from longrope2_ray.rundir import RunDir
+from longrope2_ray.rundir import FencedError, RunDir, RunDirError
 
 log = logging.getLogger("longrope2")
 
@@ -48,6 +48,7 @@ class TrainJob:
         num_steps: optimizer steps in all.
         url: of the run directory, absolute.
         attempt: of one command; what stopped a former one does not stop this one.
+        claim: of the command on the training's folder; a newer one ends its workers.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class TrainJob:
     num_steps: int
     url: str
     attempt: str
+    claim: str | None = None
 
     @property
     def folder(self) -> str:
@@ -159,13 +161,13 @@ def train_worker(job: TrainJob) -> None:
     """
     import torch
 
-    run_dir = RunDir(job.url)
+    run_dir = RunDir(job.url, patience_seconds=job.recipe.storage.patience_seconds)
     stop = run_dir.read_or_skip(f"{job.folder}/stop.json")
     if stop and stop["attempt"] == job.attempt:
         return
     try:
         _train(job, run_dir)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, FencedError, torch.OutOfMemoryError) as error:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = (
@@ -193,12 +195,16 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     device = torch.device("cpu") if model.device == "cpu" else get_device()
     trainer = MixedTrainer(loaded.to(device), job.spec, job.factors, settings, job.num_steps, kernel=model.attention)
     reader = SegmentReader(run_dir)
+    train_dir = RunDir(f"{job.url}/{job.folder}", patience_seconds=run_dir.patience_seconds)
+    train_dir.claim = job.claim
     step = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             step = trainer.load(folder)
     while step < job.num_steps:
         began = time.perf_counter()
+        if rank == 0:
+            train_dir.require_ownership()
         segments = [reader[index] for index in trainer.share(batch_indices(step, len(reader), settings))]
         result = trainer.step(step, segments)
         if not math.isfinite(result.loss + result.grad_norm):
@@ -274,19 +280,20 @@ def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None
     """Call ``observe`` for every step that is logged while the block runs, from a thread; once a step."""
     done = threading.Event()
     seen = set(train_dir.names("steps"))
+    eyes = RunDir(train_dir.url)  # without patience: who only looks on holds nobody up
 
     def look() -> None:
-        for name in train_dir.names("steps"):
-            if name not in seen and (row := train_dir.read_or_skip(name)):
-                seen.add(name)
-                observe(row)
+        try:
+            for name in eyes.names("steps"):
+                if name not in seen and (row := eyes.read_or_skip(name)):
+                    seen.add(name)
+                    observe(row)
+        except RunDirError as error:
+            log.warning("cannot look at the steps: %s", error)
 
     def loop() -> None:
         while not done.wait(POLL_SECONDS):
-            try:
-                look()
-            except OSError as error:  # a storage that is away for a while stops nobody
-                log.warning("cannot read %s: %s", train_dir.url, error)
+            look()
 
     thread = threading.Thread(target=loop, name="watch", daemon=True)
     thread.start()
@@ -296,6 +303,22 @@ def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None
         done.set()
         thread.join()
         look()
+
+
+def checkpoint_storage(url: str) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints: on this machine as it likes, in an object store through fsspec.
+
+    Left alone it would take pyarrow's client, which finds keys, endpoint and region in another way than fsspec's, through
+    which everything else here goes. Listings are not kept, since every worker and the driver have a client of their own.
+    """
+    import pyarrow.fs
+    from fsspec.core import url_to_fs
+
+    if "://" not in url:
+        return {"storage_path": url}
+    filesystem, path = url_to_fs(url, use_listings_cache=False)
+    handler = pyarrow.fs.FSSpecHandler(filesystem)
+    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
 
 
 def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None]) -> dict[str, Any]:
@@ -322,9 +345,11 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
             f"{cluster.get(kind, 0):g} {kind}"
         )
     check_parallel(workers, job.spec.num_kv_heads, settings)
+    train_dir.patience_seconds = job.recipe.storage.patience_seconds  # from here on something could be lost
+    train_dir.take_over()
     trainer = TorchTrainer(
         cast(Any, train_worker),
-        train_loop_config=cast(Any, job),
+        train_loop_config=cast(Any, replace(job, claim=train_dir.claim)),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -333,7 +358,7 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=f"{job.url}/{job.folder}",
+            **checkpoint_storage(f"{job.url}/{job.folder}"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
@@ -348,6 +373,7 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
     stop = train_dir.read_or_skip("stop.json")
     if stop and stop["attempt"] == job.attempt:
         raise StoppedError(stop["message"])
+    train_dir.require_ownership()
     last = train_dir.read_or_skip(f"steps/{job.num_steps:07d}.json")
     if last is None:
         raise StoppedError(f"training ended without its last step in {train_dir.url}; run again to resume")
@@ -364,16 +390,25 @@ GAUGES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
     "tokens_per_second": "Tokens of segments per second, all workers",
+    "model_tflops_per_second": "Model TFLOPs per second, all workers",
     "model_flops_utilisation": "Model FLOPs in units of the accelerators' peak",
     "eta_seconds": "Seconds to the end, estimated",
     "step": "Optimizer steps taken",
+    "num_steps": "Optimizer steps in all",
+    "last_step_timestamp_seconds": "Unix time at which the last logged step was seen",
+    "last_checkpoint_timestamp_seconds": "Unix time since which steps are not in a checkpoint",
 }
 
 
 class TrainObserver:
-    """Every logged step as a JSON line, as Ray metrics, and as a progress bar on a terminal."""
+    """Every logged step as a JSON line, as Ray metrics, and as a progress bar on a terminal.
 
-    def __init__(self, run: str) -> None:
+    Args:
+        run: its name, the tag of its metrics.
+        checkpoint_steps: a step beyond a multiple of it proves that the checkpoint there was written.
+    """
+
+    def __init__(self, run: str, checkpoint_steps: int) -> None:
         from ray.util.metrics import Gauge
 
         from longrope2_ray.metrics import progress_bar
@@ -382,7 +417,9 @@ class TrainObserver:
         self._gauges = {n: Gauge(f"longrope2_train_{n}", description=d, tag_keys=("run",)) for n, d in GAUGES.items()}
         self._progress, self._task = progress_bar()
         self._seconds: list[float] = []
-        self._last: int | None = None
+        self._checkpoint_steps = checkpoint_steps
+        self._checkpoints: int | None = None
+        self._gauges["last_checkpoint_timestamp_seconds"].set(time.time(), self._tags)  # a kill would cost what follows
 
     def __call__(self, row: Row) -> None:
         from longrope2_ray.metrics import format_seconds
@@ -394,6 +431,11 @@ class TrainObserver:
         for name, gauge in self._gauges.items():
             if values.get(name) is not None:
                 gauge.set(values[name], self._tags)
+        self._gauges["last_step_timestamp_seconds"].set(time.time(), self._tags)
+        checkpoints = (row["step"] - 1) // self._checkpoint_steps
+        if self._checkpoints is not None and checkpoints > self._checkpoints:
+            self._gauges["last_checkpoint_timestamp_seconds"].set(time.time(), self._tags)
+        self._checkpoints = checkpoints
         line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items() if k != "window_losses"}
         print(json.dumps({"event": "step", **line}), file=sys.stderr, flush=True)
         self._progress.update(

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PURE = [
     "rope", "factors", "baselines", "recipe", "evolution", "racing", "ahead", "search", "rundir", "needles", "text", "plan",
     "packing", "documents",
-    "report",
+    "report", "monitor",
 ]  # fmt: skip
 
 

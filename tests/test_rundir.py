@@ -416,6 +416,15 @@ def test_storage_that_stays_away_ends_in_one_clear_message(tmp_path: Path) -> No
     assert run_dir.left < 98, "it did not try again"
 
 
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_corrupt_one(tmp_path: Path) -> None:
+    run_dir = RunDir(str(tmp_path))
+    run_dir.create()
+    (tmp_path / "winner.json").mkdir()  # reading it is an error of the storage
+    with pytest.raises(RunDirError, match=r"cannot read .*winner\.json") as caught:
+        run_dir.winner()
+    assert not isinstance(caught.value, CorruptFileError)
+
+
 def test_what_waiting_does_not_mend_is_said_at_once(tmp_path: Path) -> None:
     run_dir = FlakyRunDir(str(tmp_path), PermissionError("forbidden"), failures=1, patience_seconds=60)
     with pytest.raises(RunDirError, match="forbidden"):

@@ -247,6 +247,22 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, mo
     assert again.attempt != job.attempt
 
 
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path: Path, model_dir: str) -> None:
+    job, train_dir, _ = prepare_training(recipe_of(model_dir, max_steps=400), RunDir(str(prepared_dir(tmp_path))))
+    newer = RunDir(train_dir.url)
+
+    def take_over(row: Mapping[str, Any]) -> None:
+        if newer.claim is None:
+            newer.take_over()
+
+    with pytest.raises(StoppedError, match=r"a newer driver .* has taken over"):
+        run_training(job, train_dir, take_over)
+    assert len(train_dir.names("steps")) < 400
+    assert train_dir.read_json("result.json") is None
+
+
 def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "debug", "--run-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
