@@ -118,6 +118,6 @@ def _download(url: str) -> Path:
                     os.replace(partial, target)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
-            except (OSError, ValueError, ImportError) as error:
+            except Exception as error:  # each storage client has errors of its own
                 raise ValueError(f"model.path: expected a readable model at {url!r}, got {error}") from error
     return target

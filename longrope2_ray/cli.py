@@ -244,6 +244,8 @@ def _number(text: str) -> Any:
 
 def _score(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from upath import UPath
+
     from longrope2_ray import driver
     from longrope2_ray.baselines import METHODS, baseline
     from longrope2_ray.evolution import SearchSpace
@@ -255,11 +257,12 @@ def _score(arguments: argparse.Namespace) -> None:
         vector = None
     else:
         try:
-            vector = factors_from_json(Path(arguments.factors).read_text(encoding="utf-8"), arguments.factors)
-        except OSError as error:
+            text = UPath(arguments.factors).read_text(encoding="utf-8")
+        except Exception as error:  # each storage client has errors of its own
             raise ValueError(
-                f"--factors: expected a file or one of {', '.join(METHODS)}, got {arguments.factors!r}: {error.strerror}"
+                f"--factors: expected a file, a URL or one of {', '.join(METHODS)}, got {arguments.factors!r}: {error}"
             ) from error
+        vector = factors_from_json(text, arguments.factors)
     prepared = driver.prepare(recipe)
     geometry = prepared.spec.geometry
     vector = (vector or baseline(arguments.factors, geometry, length)).require_length(geometry.num_cosines)

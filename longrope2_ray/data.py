@@ -68,6 +68,7 @@ class DataPlan:
         files: source -> URLs of its files.
         settings: what the documents' tokens depend on, ``field`` -> value.
         packing: what the segments depend on beside these.
+        patience_seconds: how long a storage that fails is waited for.
     """
 
     run_url: str
@@ -78,10 +79,11 @@ class DataPlan:
     files: dict[str, list[str]]
     settings: dict[str, Any]
     packing: dict[str, Any]
+    patience_seconds: float
 
     @property
     def run_dir(self) -> RunDir:
-        return RunDir(self.run_url, folders=["data"])
+        return RunDir(self.run_url, folders=["data"], patience_seconds=self.patience_seconds)
 
 
 def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
@@ -121,15 +123,17 @@ def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
     if "://" not in run_url:
         run_url = str(Path(run_url).resolve())  # workers may stand elsewhere
     files = {name: [url for url, _ in pairs] for name, pairs in found.items()}
-    plan = DataPlan(run_url, data, model, length, original, files, settings, packing)
+    patience = recipe.storage.patience_seconds
+    plan = DataPlan(run_url, data, model, length, original, files, settings, packing, patience)
     _refuse_others(plan)
     return plan
 
 
 def _refuse_others(plan: DataPlan) -> None:
+    run_dir = RunDir(plan.run_url)  # without patience: nothing could be lost yet
     wanted = plan.settings
-    found = plan.run_dir.read_or_skip(SETTINGS) or {}
-    manifest = plan.run_dir.read_or_skip(MANIFEST)
+    found = run_dir.read_or_skip(SETTINGS) or {}
+    manifest = run_dir.read_or_skip(MANIFEST)
     if manifest is not None:
         found, wanted = manifest["settings"], {**plan.settings, **plan.packing}
     for field in sorted({*found, *wanted}) if found else ():

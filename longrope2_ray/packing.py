@@ -242,6 +242,7 @@ class SegmentReader:
         Raises:
             IndexError: beyond the last segment.
             ValueError: if its shard is gone or corrupt.
+            OSError: if storage fails.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -258,6 +259,9 @@ class SegmentReader:
                 self._footers[shard] = parquet.metadata
                 found = parquet.read_row_group(group).slice(within, 1)
         except (OSError, pa.ArrowInvalid) as error:
+            away = isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None)
+            if away and not isinstance(error, FileNotFoundError):
+                raise  # no fault of the shard: what Arrow finds in it has no number
             raise ValueError(f"{path}: expected a whole shard, got: {error}; run longrope2 data again") from error
         numbers = {name: found[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "cu_seqlens")}
         return Segment(

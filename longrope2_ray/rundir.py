@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import tomli_w
@@ -32,6 +33,7 @@ from longrope2_ray.recipe import StoppedError, refuse_credentials
 
 SCHEMA_VERSION = 2
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0  # between two tries to reach a storage that is away
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 STORAGE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")  # with errors that are no OSError
 log = logging.getLogger("longrope2")
 T = TypeVar("T")
@@ -106,6 +108,8 @@ class RunDir:
         self._folders = tuple(folders)
         self.path = UPath(url)
         self.local = self.path.protocol in ("", "file", "local")
+        if not self.local:
+            self.path = UPath(url, use_listings_cache=False)  # others write here too
         self._corrupt: set[str] = set()
         self._segments: set[str] = set()  # of the ledger, read or written here
         self._run = ""  # digest of recipe and fingerprints, known once the directory is opened
@@ -115,13 +119,18 @@ class RunDir:
         """Make the directory and prove that it can be written to."""
         try:
             for name in ("", *self._folders):
-                (self.path / name if name else self.path).mkdir(parents=True, exist_ok=True)
+                self._make_folder(name)
             self.write_bytes(".probe", b"x")
-            (self.path / ".probe").unlink()
-        except OSError as error:
+            self._patiently((self.path / ".probe").unlink, f"write to {self.path}")
+        except (OSError, ImportError) as error:  # ImportError: the client of such URLs is not installed
             raise RunDirError(
                 f"--run-dir: expected a directory that can be written, got {self.url}: {error}"
             ) from error
+
+    def _make_folder(self, name: str) -> None:
+        """Object stores have no folders, and to make one would make a mistyped bucket."""
+        if self.path.protocol not in OBJECT_STORES:
+            (self.path / name if name else self.path).mkdir(parents=True, exist_ok=True)
 
     # --- files
 
@@ -203,7 +212,7 @@ class RunDir:
             return None
         try:
             body = json.loads(data)
-        except (ValueError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise CorruptFileError(f"{path} is torn or corrupt: {error}") from error
         if not isinstance(body, dict) or body.pop("sha256", None) != _checksum(body):
             raise CorruptFileError(f"{path} is torn or corrupt: its checksum does not match its content")
@@ -303,7 +312,7 @@ class RunDir:
         """
         claims = self.names("drivers")
         number = max((int(name.split("/")[1].split("-")[0]) for name in claims), default=0) + 1
-        (self.path / "drivers").mkdir(exist_ok=True)
+        self._make_folder("drivers")
         self.claim = f"drivers/{number:06d}-{uuid.uuid4().hex[:8]}.json"
         me = {"host": socket.gethostname(), "process": os.getpid(), "started": round(time.time(), 3)}
         self.write_json(self.claim, me)
@@ -368,7 +377,8 @@ class RunDir:
                 os.fsync(folder)
                 os.close(folder)
             for name in old:
-                (self.path / name).unlink(missing_ok=True)
+                path = self.path / name
+                self._patiently(partial(path.unlink, missing_ok=True), f"remove {path}")
                 self._segments.discard(name)
 
     # --- generations, result, status

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from upath import UPath
 
 from longrope2_ray.baselines import METHODS, baseline
 from longrope2_ray.evolution import attention_factor
@@ -141,12 +142,13 @@ def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:
         vector = factors_from_json(json.dumps(winner), "winner")
     else:
         try:
-            vector = factors_from_json(Path(name).read_text(encoding="utf-8"), name)
-        except OSError as error:
+            text = UPath(name).read_text(encoding="utf-8")
+        except Exception as error:  # each storage client has errors of its own
             raise ValueError(
-                f"train.factors: expected winner, a baseline method ({', '.join(METHODS)}) or a file, got {name!r}: "
-                f"{error.strerror}"
+                f"train.factors: expected winner, a baseline method ({', '.join(METHODS)}), a file or a URL, got {name!r}: "
+                f"{error}"
             ) from error
+        vector = factors_from_json(text, name)
     return vector.require_length(geometry.num_cosines)
 
 
