@@ -111,7 +111,8 @@ def load_run(run_dir: RunDir) -> RunData:
     bodies = run_dir.generations()
     for _ in range(3):
         # a running search replaces segments by one: read at that moment, the ledger lacks rows and is read again
-        rows = [score for score in run_dir.load_scores().values() if score.needle_set == SEARCH_SET]
+        ledger = list(run_dir.load_scores().values())
+        rows = [score for score in ledger if score.needle_set == SEARCH_SET]
         if not bodies or {c["id"] for c in bodies[-1]["survivors"]} <= {row.vector_id for row in rows}:
             break
     recipe = run_dir.path / "recipe.toml"
@@ -120,7 +121,9 @@ def load_run(run_dir: RunDir) -> RunData:
         status=run_dir.status() or {},
         winner=winner,
         recipe_toml=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
-        generations=_closed(bodies, rows, facts.get("num_samples") or max((r.sample + 1 for r in rows), default=1)),
+        generations=_closed(
+            bodies, rows, ledger, facts.get("num_samples") or max((r.sample + 1 for r in rows), default=1)
+        ),
         rows=rows,
         geometry=_geometry(facts.get("geometry") or winner),
         target_length=facts.get("target_length") or (winner or {}).get("target_length") or 0,
@@ -145,12 +148,15 @@ def _geometry(body: Mapping[str, Any] | None) -> RopeGeometry | None:
     return RopeGeometry(body.get("head_dim", rotary), rotary, body["rope_base"], body["original_length"])
 
 
-def _closed(bodies: Sequence[Mapping[str, Any]], rows: Sequence[Score], num_samples: int) -> list[ClosedGeneration]:
+def _closed(
+    bodies: Sequence[Mapping[str, Any]], rows: Sequence[Score], ledger: Sequence[Score], num_samples: int
+) -> list[ClosedGeneration]:
+    """``rows`` are those of the search; idle scorers take rows of the tables too, so ``ledger`` says who was busy."""
     by_id: dict[str, list[Score]] = {}
     for row in rows:
         by_id.setdefault(row.vector_id, []).append(row)
-    starts = np.array([row.started for row in rows])
-    ends = starts + np.array([row.seconds for row in rows])
+    starts = np.array([row.started for row in ledger])
+    ends = starts + np.array([row.seconds for row in ledger])
     generations: list[ClosedGeneration] = []
     following = math.inf
     for body in reversed(bodies):
@@ -172,7 +178,7 @@ def _closed(bodies: Sequence[Mapping[str, Any]], rows: Sequence[Score], num_samp
                 begin=begin,
                 end=end,
                 busy_seconds=float(busy.sum()),
-                num_scorers=len({row.scorer for row, part in zip(rows, busy, strict=True) if part > 0}),
+                num_scorers=len({row.scorer for row, part in zip(ledger, busy, strict=True) if part > 0}),
             )
         )
         following = begin

@@ -168,7 +168,8 @@ def _run_facts(run: RunData) -> Iterator[tuple[str, str]]:
     if scored:
         yield "units in closed generations", f"{scored} scored, {out} raced out ({out / (scored + out):.1%} saved)"
     if len(run.rows) > scored:
-        yield "units in the open generation", f"{len(run.rows) - scored} scored so far"
+        where = "units ahead that no generation asked for" if run.winner else "units in the open generation or ahead"
+        yield where, f"{len(run.rows) - scored} scored"
     if run.rows:
         yield "time per unit", f"median {statistics.median(row.seconds for row in run.rows):.3g} s"
         yield "scorers seen", str(len({row.scorer for row in run.rows}))

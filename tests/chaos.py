@@ -150,6 +150,7 @@ class Cluster:
     def __init__(self, nodes: int = 2):
         self.folder = tempfile.mkdtemp(prefix="c", dir="/tmp")  # short: paths of sockets may have 107 bytes
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self.made = 0
         self.port = free_port()
         self.start(nodes)
 
@@ -169,14 +170,21 @@ class Cluster:
         if wait:
             self._wait_for(1 + len(self.nodes))
 
+    def mend(self) -> None:
+        """Replace nodes that went by themselves, as an operator does."""
+        for node in [node for node in self.nodes if node.poll() is not None]:
+            self.nodes.remove(node)
+            self.add_node(wait=False)
+
     def _ray(self, *arguments: str) -> subprocess.Popen[bytes]:
         ports = [
             f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")
         ]
         command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
-        place = [f"--temp-dir={self.folder}"] if "--head" in arguments else []
+        self.made += 1
+        place = f"--temp-dir={self.folder}/{self.made}"  # nodes that share one get in each other's way
         return subprocess.Popen(
-            [*command, *arguments, *ports, *place],
+            [*command, *arguments, *ports, place],
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

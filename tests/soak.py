@@ -66,6 +66,7 @@ class Search:
                 return False
             if self.driver.poll() is not None:
                 self.driver = self.start()
+            self.cluster.mend()
             assert time.monotonic() - began < PATIENCE_SECONDS, f"no end in sight, see {self.log}"
             time.sleep(0.3)
         return True
