@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; what is done is kept, run the same command again to resume", file=sys.stderr)
         return 130
     except StoppedError as error:
-        print(f"stopped: {error}\nwhat is done is kept, run again to resume", file=sys.stderr)
+        from longrope2_ray.rundir import FencedError
+
+        advice = "" if isinstance(error, FencedError) else "\nwhat is done is kept, run again to resume"
+        print(f"stopped: {error}{advice}", file=sys.stderr)
         return 1
 
 

@@ -175,7 +175,8 @@ def scorer_pool(prepared: Prepared) -> Iterator[Any]:
     if room < 1 and not (recipe.scorer.num_scorers and os.environ.get("RAY_ADDRESS")):
         raise ValueError(
             f"scorer.gpus_per_scorer, scorer.cpus_per_scorer: expected room for one scorer of {resources}, "
-            f"the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
+            f"the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU; where an autoscaler brings "
+            f"nodes, set scorer.num_scorers to how many scorers to ask for, and model.device = 'cuda' if they have GPUs"
         )
     if not resources["GPU"]:
         _require_memory(prepared, recipe.scorer.num_scorers or room)

@@ -328,6 +328,7 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
 
     Raises:
         ValueError: if the cluster has no room for the workers, or they do not come out even.
+        FencedError: if a newer command takes the training over.
         StoppedError: if training cannot go on.
     """
     import ray
@@ -372,10 +373,10 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         raise StoppedError(
             f"training failed more than {settings.max_failures} times (train.max_failures): {error}"
         ) from error
+    train_dir.require_ownership()
     stop = train_dir.read_or_skip("stop.json")
     if stop and stop["attempt"] == job.attempt:
         raise StoppedError(stop["message"])
-    train_dir.require_ownership()
     last = train_dir.read_or_skip(f"steps/{job.num_steps:07d}.json")
     if last is None:
         raise StoppedError(f"training ended without its last step in {train_dir.url}; run again to resume")

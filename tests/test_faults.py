@@ -90,7 +90,8 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
     run.wait_for_scores(8)
     newer = run.start()
     assert older.wait(timeout=200) == 1
-    assert "a newer driver" in run.log.read_text()
+    (said,) = [line for line in run.log.read_text().splitlines() if line.startswith("stopped: a newer driver")]
+    assert f"process {newer.pid} on" in said
     assert run.finish(newer) == undisturbed
     assert max(committed(run.place).values()) == 1, "a unit was committed twice"
 

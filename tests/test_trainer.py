@@ -28,7 +28,7 @@ from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.model import load_model, read_spec
 from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
 from longrope2_ray.recipe import Recipe, StoppedError
-from longrope2_ray.rundir import RunDir, RunDirError
+from longrope2_ray.rundir import FencedError, RunDir, RunDirError
 from longrope2_ray.trainer import find_factors, prepare_training, run_training
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +257,7 @@ def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path:
         if newer.claim is None:
             newer.take_over()
 
-    with pytest.raises(StoppedError, match=r"a newer driver .* has taken over"):
+    with pytest.raises(FencedError, match=r"a newer driver .* has taken over"):
         run_training(job, train_dir, take_over)
     assert len(train_dir.names("steps")) < 400
     assert train_dir.read_json("result.json") is None
