@@ -327,6 +327,7 @@ def train(recipe: Any, url: str) -> tuple[list[dict[str, Any]], Mapping[str, tor
     return [without_times(row) for row in rows if row], load_model(f"{url}/train/model", device="cpu").state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * MOST_SECONDS)
 @pytest.mark.usefixtures("cluster")
 def test_a_training_in_a_bucket_whose_worker_is_killed_ends_in_the_bits_of_a_local_one(
