@@ -14,11 +14,12 @@ from typing import Any
 from longrope2_ray.recipe import Recipe, SearchSection, StoppedError, load_recipe
 from longrope2_ray.rope import RopeGeometry
 
-USAGE_ERROR = 2
+USAGE_ERROR, FENCED = 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 is success, 1 a run that could not go on, 2 a mistake of the user, 130 an interruption."""
+    """Run one command; 0 is success, 1 a run that could not go on, 2 a mistake of the user, 3 a run that a newer driver has
+    taken over, 130 an interruption."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "overrides_allowed", False):
@@ -39,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         from longrope2_ray.rundir import FencedError
 
-        advice = "" if isinstance(error, FencedError) else "\nwhat is done is kept, run again to resume"
+        fenced = isinstance(error, FencedError)
+        advice = "" if fenced else "\nwhat is done is kept, run again to resume"
         print(f"stopped: {error}{advice}", file=sys.stderr)
-        return 1
+        return FENCED if fenced else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,9 +11,11 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -145,7 +147,8 @@ class ScorerPool:
         )
         self._slots: dict[str, _Slot] = {}
         self._idle: dict[str, _Slot] = {}
-        self._asked: dict[Any, _Slot] = {}  # reference to an answer that has not come yet -> who owes it
+        self._asked: dict[Future[Any], _Slot] = {}  # answer that has not come yet -> who owes it
+        self._answers: SimpleQueue[Future[Any]] = SimpleQueue()  # those that have come, some of them nobody's any more
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
         self._disputed: dict[tuple[str, str, int], str] = {}  # unit -> who said that its score is not finite
@@ -175,10 +178,8 @@ class ScorerPool:
         self._resize()
         self._replace_stalled()
         self._dispatch()
-        if self._asked:
-            ray.wait(list(self._asked), num_returns=1, timeout=1.0)
-        else:
-            time.sleep(0.2)
+        with suppress(Empty):
+            self._answers.put(self._answers.get(timeout=1.0 if self._asked else 0.2))
         scores = self.flush()
         self._check_starting()
         self._dispatch()
@@ -190,10 +191,12 @@ class ScorerPool:
         Raises:
             StoppedError: if a failure will not mend.
         """
-        if not (refs := list(self._asked)):
-            return []
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [score for ref in done if ref in self._asked and (score := self._collect(ref))]
+        scores = []
+        while not self._answers.empty():
+            answer = self._answers.get()
+            if answer in self._asked and (score := self._collect(answer)):
+                scores.append(score)
+        return scores
 
     def counts(self) -> dict[str, int]:
         """Scorers by state."""
@@ -224,7 +227,9 @@ class ScorerPool:
         if stage == "idle":
             self._idle[slot.name] = slot
         else:
-            self._asked[ref] = slot
+            answer = ref.future()
+            self._asked[answer] = slot
+            answer.add_done_callback(self._answers.put)  # a look costs the same however many are asked
 
     def _dispatch(self) -> None:
         while self._queue and self._idle:
@@ -241,12 +246,12 @@ class ScorerPool:
             arguments = (unit.needle_set, unit.sample, factors.values.tolist(), factors.attention_factor)
             self._enter(slot, "busy", slot.actor.score.remote(*arguments))
 
-    def _collect(self, ref: Any) -> Score | None:
+    def _collect(self, answer: Future[Any]) -> Score | None:
         """The score that an actor came back with; None if it only came up, or failed and its unit was requeued."""
-        slot = self._asked.pop(ref)
+        slot = self._asked.pop(answer)
         unit, slot.unit = slot.unit, None
         try:
-            answer = ray.get(ref)
+            result = answer.result()
         except RayTaskError as error:  # the scorer raised; its process lives
             cause = error.cause if isinstance(error.cause, Exception) else error
             self._failed(slot, unit, "raised", f"{type(cause).__name__}: {cause}")
@@ -258,7 +263,7 @@ class ScorerPool:
             self._failed(slot, unit, "died", str(error), blameless)
             return None
         if slot.stage == "placing":
-            slot.process = answer
+            slot.process = result
             self._enter(slot, "loading", slot.actor.ready.remote())
             return None
         self._enter(slot, "idle")
@@ -267,7 +272,7 @@ class ScorerPool:
             log.info("%s is ready", slot.name)
             return None
         slot.num_scored += 1
-        return self._judge(slot, unit, *answer)
+        return self._judge(slot, unit, *result)
 
     def _judge(
         self, slot: _Slot, unit: Unit, nll_sum: float | None, num_tokens: int, correct: bool, seconds: float
@@ -328,8 +333,8 @@ class ScorerPool:
         ray.kill(slot.actor)
         self._slots.pop(slot.name, None)
         self._idle.pop(slot.name, None)
-        for ref in [ref for ref, owner in self._asked.items() if owner is slot]:
-            del self._asked[ref]
+        for answer in [answer for answer, owner in self._asked.items() if owner is slot]:
+            del self._asked[answer]
         if slot.unit is not None:
             self._requeue(slot.unit)
         self._resized = -math.inf

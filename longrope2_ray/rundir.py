@@ -232,9 +232,9 @@ class RunDir:
 
     def names(self, folder: str) -> list[str]:
         """JSON files of a folder as they are now, sorted."""
+        path = self.path / folder
 
         def look() -> list[str]:
-            path = self.path / folder
             try:
                 if self.local:
                     found = os.listdir(str(path))
@@ -245,7 +245,7 @@ class RunDir:
                 return []
             return sorted(f"{folder}/{name}" for name in found if name.endswith(".json"))
 
-        return self._patiently(look, f"list {self.path / folder}")
+        return self._patiently(look, f"list {path}")
 
     # --- identity
 

@@ -123,7 +123,7 @@ class Search:
         older, self.driver = self.driver, self.start()
         code = older.wait(timeout=600)
         said = "a newer driver" in self.log.read_text()
-        assert (code != 0 and said) or code == 0, f"the older driver ended with {code} and did not say why"
+        assert (code == 3 and said) or code == 0, f"the older driver ended with {code} and did not say why"
         return f"the older one ended with {code}"
 
     def head_is_restarted(self) -> str:

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from longrope2_ray.cli import FENCED
 from longrope2_ray.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -88,13 +90,23 @@ def strict(schema: Any) -> Any:
     return result
 
 
+def rules_that_apply(_: Any, rules: list[dict[str, Any]], *__: Any) -> Iterator[jsonschema.ValidationError]:
+    """CEL rules are the API server's to evaluate: a field that carries one is an error here, so that somebody looks."""
+    yield from (jsonschema.ValidationError(f"the CEL rule {rule['rule']} applies") for rule in rules)
+
+
+Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator, {"x-kubernetes-validations": rules_that_apply}
+)
+
+
 @functools.cache  # the schemas are a few MB of YAML
 def validator(kind: str) -> jsonschema.Draft202012Validator:
     (path,) = CRDS.glob(f"ray.io_{kind.lower()}s.yaml*")
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     crd = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
-    return jsonschema.Draft202012Validator(strict(version["schema"]["openAPIV3Schema"]))
+    return Validator(strict(version["schema"]["openAPIV3Schema"]))
 
 
 @needs_crds
@@ -127,6 +139,7 @@ def test_a_misspelt_or_mistyped_field_deep_in_a_manifest_is_refused(manifest):
     assert "not one of ['disabled', 'token']" in broken(["authOptions", "mode"], "tokens")[0]
     assert "not of type 'integer'" in broken(["workerGroupSpecs", 0, "maxReplicas"], "many")[0]
     assert "is a required property" in broken(["headGroupSpec"], {})[0]
+    assert "CEL rule self in ['ray.io/kuberay-operator'" in " ".join(broken(["managedBy"], "ray.io/kuberay-operator"))
     assert not broken(["rayVersion"], "2.60.0")
 
 
@@ -202,7 +215,8 @@ def test_shared_memory_has_a_size_that_fits_into_the_pods_memory(manifest):
 
 def job_recipe(manifest: dict[str, Any]) -> tuple[str, str, Recipe]:
     """The entrypoint of a RayJob, as (script, run directory, recipe with its overrides)."""
-    python, script, recipe, flag, run_dir, *overrides = shlex.split(manifest["spec"]["entrypoint"])
+    line, _ = manifest["spec"]["entrypoint"].split("||")
+    python, script, recipe, flag, run_dir, *overrides = shlex.split(line)
     assert (python, flag) == ("python", "--run-dir")
     return script, run_dir, load_recipe(recipe, overrides)
 
@@ -240,6 +254,18 @@ def test_a_job_tries_again_until_it_is_done_and_then_frees_the_cluster(manifest)
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
     assert not spec.get("suspend")
+
+
+@each_job
+@pytest.mark.parametrize(("status", "ends_well"), [(0, True), (1, False), (2, False), (FENCED, True), (130, False)])
+def test_a_job_whose_run_a_newer_driver_took_over_is_done_and_not_tried_again(manifest, tmp_path, status, ends_well):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexit {status}\n")
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # as Ray runs it: through a shell
+    done = subprocess.run(manifest["spec"]["entrypoint"], shell=True, check=False, env=environment)
+    assert (done.returncode == 0) is ends_well
 
 
 @each_job

@@ -92,7 +92,7 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
     newer = run.start()
     wait_until(lambda: len(list((run.place / "drivers").iterdir())) == 2, "the newer driver has taken over")
     older.send_signal(signal.SIGCONT)
-    assert older.wait(timeout=200) == 1
+    assert older.wait(timeout=200) == 3
     (said,) = [line for line in run.log.read_text().splitlines() if line.startswith("stopped: a newer driver")]
     assert f"process {newer.pid} on" in said
     assert run.finish(newer) == undisturbed

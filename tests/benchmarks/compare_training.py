@@ -28,11 +28,11 @@ from longrope2_ray.text import load_books
 from longrope2_ray.trainer import find_factors
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-VARIANTS = {  # name: fields of the recipe, seeds
-    "longrope2, mixed": ({"factors": "winner"}, None),
-    "longrope2, not mixed": ({"factors": "winner", "mixed": "false"}, None),
-    "yarn, mixed": ({"factors": "yarn"}, 1),
-    "ntk, mixed": ({"factors": "ntk"}, 1),
+VARIANTS = {  # name: fields of the recipe
+    "longrope2, mixed": {"factors": "winner"},
+    "longrope2, not mixed": {"factors": "winner", "mixed": "false"},
+    "yarn, mixed": {"factors": "yarn"},
+    "ntk, mixed": {"factors": "ntk"},
 }
 
 
@@ -112,12 +112,12 @@ def main() -> None:
 
     vectors = {}
     for name in args.variants:
-        settings, seeds = VARIANTS[name]
+        settings = VARIANTS[name]
         fields = [f"--train.{key}={value}" for key, value in settings.items()]
         vectors[name] = find_factors(load_recipe(args.recipe, [*overrides, *fields]), spec, run_dir)
         if name.endswith(", mixed"):
             record(name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name], True))
-        for seed in range(seeds or args.seeds):
+        for seed in range(args.seeds):
             folder = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             longrope2(
                 "train",
