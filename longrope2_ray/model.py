@@ -172,7 +172,7 @@ def _where(gguf: str | None, revision: str | None) -> dict[str, Any]:
     return {key: value for key, value in {"gguf_file": gguf, "revision": revision}.items() if value is not None}
 
 
-def _skeleton(config: "PreTrainedConfig", path: str) -> "PreTrainedModel":
+def _skeleton(config: "PreTrainedConfig", path: str, dtype: str | None = None) -> "PreTrainedModel":
     """The model on the meta device: every module and shape, no weights, well under a second even for large ones."""
     from transformers import AutoModelForCausalLM
 
@@ -181,7 +181,7 @@ def _skeleton(config: "PreTrainedConfig", path: str) -> "PreTrainedModel":
         raise ValueError(f"model.path: expected a causal language model, got {heads[0]} in {path!r}")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **({"dtype": DTYPES[dtype]} if dtype else {}))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -379,6 +379,17 @@ def load_model(
     if num_gpus <= 1:
         model = model.to(target)
     return model.requires_grad_(False).eval()
+
+
+def load_skeleton(
+    path: str, *, gguf_file: str | None = None, revision: str | None = None, dtype: str = "float32"
+) -> "PreTrainedModel":
+    """What ``load_model`` gives, on the meta device: no weights are read.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    return _skeleton(read_config(path, gguf_file, revision), path, dtype)
 
 
 def _check_kernel(model: "PreTrainedModel", attention: str, path: str) -> None:

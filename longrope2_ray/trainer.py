@@ -185,17 +185,18 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from longrope2_ray.model import load_model
+    from longrope2_ray.model import load_model, load_skeleton
     from longrope2_ray.training import MixedTrainer, batch_indices
 
     settings, model = job.recipe.train, job.recipe.model
+    where: Any = {"gguf_file": model.gguf_file, "revision": model.revision}
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(settings.threads)
-    loaded: Any = load_model(
-        model.path, gguf_file=model.gguf_file, revision=model.revision, dtype="float32", device="cpu"
-    )
+    loaded = load_skeleton(model.path, **where) if rank else load_model(model.path, **where, device="cpu")
     device = torch.device("cpu") if model.device == "cpu" else get_device()
-    trainer = MixedTrainer(loaded.to(device), job.spec, job.factors, settings, job.num_steps, kernel=model.attention)
+    trainer = MixedTrainer(
+        loaded, job.spec, job.factors, settings, job.num_steps, kernel=model.attention, device=device
+    )
     reader = SegmentReader(run_dir)
     train_dir = RunDir(f"{job.url}/{job.folder}", patience_seconds=run_dir.patience_seconds)
     train_dir.claim = job.claim

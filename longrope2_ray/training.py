@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
@@ -307,15 +308,17 @@ class StepResult:
 class MixedTrainer:
     """FSDP2 around the model, AdamW, and the mixed-window step; one code path for gloo and NCCL.
 
-    A process group has to be there. Ranks that share a segment (``sequence_parallel``) are neighbours.
+    A process group has to be there. Ranks that share a segment (``sequence_parallel``) are neighbours. Weights come from
+    rank 0, a tensor at a time: no other process and no device ever holds the whole model.
 
     Args:
-        model: float32 master weights, on this rank's device.
+        model: float32 master weights on rank 0's CPU, which are let go; its skeleton on the meta device will do elsewhere.
         spec: what ``read_spec`` says about it.
         factors: of the long window.
         settings: of the recipe.
         num_steps: that the schedule is made for.
         kernel: ``sdpa``, or ``flash_attention_2`` for flash-attn's varlen call.
+        device: that this rank computes on.
     """
 
     def __init__(
@@ -326,24 +329,29 @@ class MixedTrainer:
         settings: TrainSection,
         num_steps: int,
         kernel: str = "sdpa",
+        device: torch.device | None = None,
     ) -> None:
         degree, world = settings.sequence_parallel, dist.get_world_size()
         check_parallel(world, spec.num_kv_heads, settings)
         self._settings, self._factors, self._num_steps, self._world = settings, factors, num_steps, world
-        self._device = next(model.parameters()).device
+        self._device = device or torch.device("cpu")
         model.requires_grad_(True).train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         mesh = init_device_mesh(self._device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self._data_rank, self._sequence_rank = mesh.get_local_rank("data"), mesh.get_local_rank("sequence")
-        self._rope = PinnedRope(model, spec)
         loss = SegmentLoss(model, settings.loss_chunk_tokens)
-        loss.require_own_loss(spec.vocab_size)
+        if dist.get_rank() == 0:
+            loss.require_own_loss(spec.vocab_size)
         self._attention = SegmentAttention(model, kernel, mesh.get_group("sequence") if degree > 1 else None)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        weights, buffers = loss.state_dict(), dict(loss.named_buffers())
+        _forget_weights(model)
         self._loss = _shard(loss, model, spec, init_device_mesh(self._device.type, (world,)), settings)
+        _fill_from_first_rank(loss, model, weights, buffers, self._device)
+        self._rope = PinnedRope(model, spec)
         self.optimizer = torch.optim.AdamW(
             self._loss.parameters(),
             lr=settings.learning_rate,
@@ -469,3 +477,30 @@ def _shard(
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     return loss
+
+
+def _forget_weights(model: "PreTrainedModel") -> None:
+    """Put every parameter on the meta device, tied ones still one."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.to("meta")))
+    model.tie_weights()
+
+
+def _fill_from_first_rank(
+    loss: SegmentLoss,
+    model: "PreTrainedModel",
+    weights: dict[str, Any],
+    buffers: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Give a sharded model without weights its shards of rank 0's ``weights``, and rank 0's ``buffers``."""
+    first = dist.get_rank() == 0
+    loss.to_empty(device=device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(loss, weights if first else {}, options=options)
+    for name, buffer in loss.named_buffers():
+        if first:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)

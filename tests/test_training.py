@@ -54,7 +54,10 @@ def factors_of(model) -> RescaleFactors:
 
 
 def make_trainer(family: str = "llama", **changes) -> MixedTrainer:
-    model = tiny_model(tiny_config(family))
+    return trainer_of(tiny_model(tiny_config(family)), **changes)
+
+
+def trainer_of(model, **changes) -> MixedTrainer:
     return MixedTrainer(model, spec_of(model), factors_of(model), settings(**changes), num_steps=6)
 
 
@@ -240,10 +243,17 @@ def test_training_lowers_the_loss_of_both_windows(checkpointing: bool) -> None:
     assert results[0].loss == pytest.approx(total / results[0].num_tokens)
 
 
-def _losses_and_weights(rank: int, world: int, degree: int, folder: str, out: str) -> None:
+def _losses_and_weights(rank: int, world: int, degree: int, folder: str, out: str, tied: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    trainer = make_trainer(sequence_parallel=degree)
+    config = tiny_config("llama", tie_word_embeddings=tied)
+    with torch.device("meta" if rank else "cpu"):  # weights come from the first rank
+        model = tiny_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = trainer_of(model, sequence_parallel=degree)
+    found = trainer.weights()
+    assert set(found) == (set() if rank else set(before))
+    assert all(torch.equal(before[name], tensor) for name, tensor in found.items())
     losses = []
     for step in range(3):
         batch = [segment("short", 2 * step), segment("long", 2 * step + 1)]
@@ -256,13 +266,14 @@ def _losses_and_weights(rank: int, world: int, degree: int, folder: str, out: st
     dist.destroy_process_group()
 
 
-def test_loss_and_weights_do_not_depend_on_the_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_weights_do_not_depend_on_the_split(tmp_path: Path, tied: bool) -> None:
     """One process, two data-parallel ones, and two that share each segment (Ulysses)."""
     results = {}
     for name, world, degree in (("one", 1, 1), ("data", 2, 1), ("sequence", 2, 2)):
         folder = tmp_path / name
         os.makedirs(folder)
-        args = (world, degree, str(folder), str(folder / "out.pt"))
+        args = (world, degree, str(folder), str(folder / "out.pt"), tied)
         multiprocessing.spawn(_losses_and_weights, args=args, nprocs=world)
         results[name] = torch.load(folder / "out.pt")
     losses, weights = results.pop("one")
@@ -271,6 +282,7 @@ def test_loss_and_weights_do_not_depend_on_the_split(tmp_path: Path) -> None:
         assert set(other_weights) == set(weights)
         assert all(torch.allclose(weights[key], other_weights[key], atol=1e-4) for key in weights), name
     assert not torch.equal(weights["lm_head.weight"], tiny_model(tiny_config("llama")).lm_head.weight)
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]) is tied
 
 
 @pytest.mark.usefixtures("one_process")

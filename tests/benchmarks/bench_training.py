@@ -52,7 +52,10 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
     spec, (window,) = read_spec(options.model), options.windows
     ours = options.variant != "plain"
     model = load_model(
-        options.model, device=options.device, threads=options.threads, attention="sdpa" if ours else "eager"
+        options.model,
+        device="cpu" if ours else options.device,
+        threads=options.threads,
+        attention="sdpa" if ours else "eager",
     )
     step = options.document if window == "short" else options.length
     ids = np.random.default_rng(0).integers(3, spec.vocab_size, options.length)
@@ -65,7 +68,9 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
         backend = "nccl" if options.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
         factors = RescaleFactors(np.full(spec.rotary_dim // 2, 2.0))
-        trainer = MixedTrainer(model, spec, factors, settings, num_steps=100, kernel=options.attention)
+        trainer = MixedTrainer(
+            model, spec, factors, settings, num_steps=100, kernel=options.attention, device=torch.device(options.device)
+        )
 
         def run() -> float:
             return trainer.step(0, [segment]).loss
