@@ -87,6 +87,34 @@ def _checksum(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
+def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
+    """Do it; while storage is away or full, again and again until patience is over.
+
+    Raises:
+        FileNotFoundError: if that is the answer.
+        RunDirError: if it cannot be done.
+    """
+    began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return action()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS:
+                raise
+            mends = not isinstance(error, (PermissionError, IsADirectoryError))
+            if not mends or time.monotonic() - began + pause > patience_seconds:
+                raise RunDirError(
+                    f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
+                    f"again to resume"
+                ) from error
+            if pause == FIRST_PAUSE_SECONDS:
+                log.warning("cannot %s: %s; trying for %g s (storage.patience_seconds)", what, error, patience_seconds)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
 class RunDir:
     """Files of one run under a local directory or an fsspec URL such as ``s3://bucket/run``.
 
@@ -135,33 +163,7 @@ class RunDir:
     # --- files
 
     def _patiently(self, action: Callable[[], T], what: str) -> T:
-        """Do it; while storage is away or full, again and again until patience is over.
-
-        Raises:
-            FileNotFoundError: if that is the answer.
-            RunDirError: if it cannot be done.
-        """
-        began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                return action()
-            except (FileNotFoundError, NotADirectoryError):
-                raise
-            except Exception as error:
-                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS:
-                    raise
-                mends = not isinstance(error, (PermissionError, IsADirectoryError))
-                if not mends or time.monotonic() - began + pause > self.patience_seconds:
-                    raise RunDirError(
-                        f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
-                        f"again to resume"
-                    ) from error
-                if pause == FIRST_PAUSE_SECONDS:
-                    log.warning(
-                        "cannot %s: %s; trying for %g s (storage.patience_seconds)", what, error, self.patience_seconds
-                    )
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        return patiently(action, what, self.patience_seconds)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file or none of it.

@@ -5,6 +5,7 @@ worker killed at any moment costs the steps since the last checkpoint and no seg
 """
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -15,8 +16,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +31,7 @@ from longrope2_ray.factors import RescaleFactors, factors_from_json
 from longrope2_ray.packing import SegmentReader
 from longrope2_ray.plan import step_flops
 from longrope2_ray.recipe import TRAIN_FREE_FIELDS, Recipe, StoppedError, flatten
-from longrope2_ray.rundir import FencedError, RunDir, RunDirError
+from longrope2_ray.rundir import FencedError, RunDir, RunDirError, patiently
 
 log = logging.getLogger("longrope2")
 
@@ -202,7 +204,8 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     train_dir.claim = job.claim
     step = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
+        # a shared folder is read in place, by every worker what it needs
+        with nullcontext(checkpoint.path) if run_dir.local else checkpoint.as_directory() as folder:
             step = trainer.load(folder)
     while step < job.num_steps:
         began = time.perf_counter()
@@ -308,19 +311,75 @@ def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None
         look()
 
 
-def checkpoint_storage(url: str) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints: on this machine as it likes, in an object store through fsspec.
+class CheckpointFiles:
+    """An fsspec filesystem as Ray Train uses it, whose calls are tried again while storage is away or full.
 
-    Left alone it would take pyarrow's client, which finds keys, endpoint and region in another way than fsspec's, through
-    which everything else here goes. Listings are not kept, since every worker and the driver have a client of their own.
+    A file appears whole or not at all: what is written goes to a file of this machine first, what is read comes from one.
+    """
+
+    def __init__(self, filesystem: Any, patience_seconds: float):
+        self._filesystem, self._patience_seconds = filesystem, patience_seconds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of an object that is just being unpickled
+            raise AttributeError(name)
+        attribute = getattr(self._filesystem, name)
+        return partial(self._try, attribute) if callable(attribute) else attribute
+
+    def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        what = f"{call.__name__} {arguments[0] if arguments else ''}"
+        return patiently(lambda: call(*arguments, **options), what, self._patience_seconds)
+
+    def open(self, path: str, mode: str) -> io.FileIO:
+        """A stream to a file that goes to its place when it is closed, or from a copy."""
+        if "w" in mode:
+            return _Outgoing(partial(self._try, self._put, path))
+        with tempfile.NamedTemporaryFile() as copy:
+            self.get_file(path, copy.name)
+            return io.FileIO(copy.name)
+
+    def _put(self, path: str, copy: str) -> None:
+        if "file" not in self._filesystem.protocol:
+            self._filesystem.put_file(copy, path)
+            return
+        beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            self._filesystem.put_file(copy, beside)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+class _Outgoing(io.FileIO):
+    """A file of this machine that is handed to ``put`` when it is closed, and goes."""
+
+    def __init__(self, put: Callable[[str], None]):
+        handle, self._copy = tempfile.mkstemp()
+        super().__init__(handle, "w")
+        self._put = put
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        try:
+            self._put(self._copy)
+        finally:
+            os.unlink(self._copy)
+
+
+def checkpoint_storage(url: str, patience_seconds: float) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints: through fsspec, like everything else here, and as patiently.
+
+    Left alone it would take pyarrow's client, which finds keys, endpoint and region in another way than fsspec's, and give
+    up at the first error. Listings are not kept, since every worker and the driver have a client of their own.
     """
     import pyarrow.fs
     from fsspec.core import url_to_fs
 
-    if "://" not in url:
-        return {"storage_path": url}
     filesystem, path = url_to_fs(url, use_listings_cache=False)
-    handler = pyarrow.fs.FSSpecHandler(filesystem)
+    handler = pyarrow.fs.FSSpecHandler(CheckpointFiles(filesystem, patience_seconds))
     return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
 
 
@@ -362,7 +421,7 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
             name="checkpoints",
-            **checkpoint_storage(f"{job.url}/{job.folder}"),
+            **checkpoint_storage(f"{job.url}/{job.folder}", train_dir.patience_seconds),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),

@@ -330,8 +330,8 @@ def train(recipe: Any, url: str) -> tuple[list[dict[str, Any]], Mapping[str, tor
 @pytest.mark.long
 @pytest.mark.timeout(2 * MOST_SECONDS)
 @pytest.mark.usefixtures("cluster")
-def test_a_training_in_a_bucket_whose_worker_is_killed_ends_in_the_bits_of_a_local_one(
-    tmp_path: Path, bucket: str, model_dir: str
+def test_a_training_whose_worker_is_killed_and_whose_bucket_stalls_ends_in_the_bits_of_a_local_one(
+    tmp_path: Path, server: psutil.Process, bucket: str, model_dir: str
 ) -> None:
     recipe = recipe_of(model_dir, max_steps=6, checkpoint_steps=2)
     rows, weights = train(recipe, str(tmp_path / "run"))
@@ -342,6 +342,9 @@ def test_a_training_in_a_bucket_whose_worker_is_killed_ends_in_the_bits_of_a_loc
         for process in training_workers(os.getpid()):
             process.send_signal(signal.SIGKILL)
             killed.append(process.pid)
+        server.suspend()
+        time.sleep(10)
+        server.resume()
 
     assassin = threading.Thread(target=kill_a_worker, daemon=True)
     assassin.start()

@@ -1,16 +1,20 @@
 """Training as a user runs it, on a real Ray with gloo workers: kills, resumes, refusals, what it leaves behind."""
 
+import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec.core
 import numpy as np
 import psutil
 import pytest
@@ -18,6 +22,7 @@ import ray
 import tomli_w
 import torch
 import transformers
+from fsspec.implementations.local import LocalFileSystem
 from tiny_models import VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
 from tokenizers import Tokenizer, models
 
@@ -29,7 +34,7 @@ from longrope2_ray.model import load_model, read_spec
 from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
 from longrope2_ray.recipe import Recipe, StoppedError
 from longrope2_ray.rundir import FencedError, RunDir, RunDirError
-from longrope2_ray.trainer import find_factors, prepare_training, run_training
+from longrope2_ray.trainer import checkpoint_storage, find_factors, prepare_training, run_training
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 96
@@ -261,6 +266,80 @@ def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path:
         run_training(job, train_dir, take_over)
     assert len(train_dir.names("steps")) < 400
     assert train_dir.read_json("result.json") is None
+
+
+class FullDisk:
+    """This machine's files, while there is no file ``full`` in ``folder``; each refusal leaves a file ``refused-...`` there."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(LocalFileSystem(), name)
+
+    def put_file(self, here: str, there: str) -> None:
+        if os.path.exists(f"{self.folder}/full"):
+            Path(f"{self.folder}/refused-{uuid.uuid4().hex}").touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        LocalFileSystem().put_file(here, there)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a file ``full`` fills the disk that checkpoints go to."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    (tmp_path / "disk").mkdir()
+    full = FullDisk(str(tmp_path / "disk"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (full, url))
+    return tmp_path / "disk"
+
+
+def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Path) -> None:
+    files = pickle.loads(pickle.dumps(checkpoint_storage(str(tmp_path), 2.0)["storage_filesystem"].handler.fs))
+    place, run = tmp_path / "run" / "a", tmp_path / "run"
+    files.mkdir(str(run))
+    stream = files.open(str(place), "wb")
+    stream.write(b"half")
+    assert not list(run.iterdir())
+    stream.write(b" and half")
+    (disk / "full").touch()
+    threading.Timer(0.5, (disk / "full").unlink).start()
+    stream.close()
+    assert len(list(disk.glob("refused-*"))) >= 2
+    with files.open(str(place), "rb") as stream:
+        assert stream.read() == b"half and half"
+    (disk / "full").touch()
+    stream = files.open(str(place), "wb")
+    stream.write(b"other")
+    with pytest.raises(RunDirError, match=r"No space left on device; mend it, make room"):
+        stream.close()
+    assert [path.name for path in run.iterdir()] == ["a"]
+    assert place.read_bytes() == b"half and half"
+    with pytest.raises(FileNotFoundError):
+        files.open(str(run / "b"), "rb")
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_training_waits_for_room_for_its_checkpoints(tmp_path: Path, model_dir: str, disk: Path) -> None:
+    recipe = recipe_of(model_dir, max_steps=12, checkpoint_steps=2)
+    refused: list[int] = []
+
+    def fill(row: Mapping[str, Any]) -> None:
+        if not refused:
+            (disk / "full").touch()
+            while len(refused) < 4 and not (tmp_path / "waiting" / "train" / "result.json").exists():
+                refused[:] = [1 for _ in disk.glob("refused-*")]
+                time.sleep(0.1)
+            (disk / "full").unlink()
+
+    rows, weights = train(recipe, prepared_dir(tmp_path / "waiting"), fill)
+    assert len(refused) >= 4
+    again, same = train(recipe, prepared_dir(tmp_path / "undisturbed"))
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
 def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
