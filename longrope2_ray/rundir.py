@@ -91,14 +91,14 @@ def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
     """Do it; while storage is away or full, again and again until patience is over.
 
     Raises:
-        FileNotFoundError: if that is the answer.
+        FileNotFoundError, FileExistsError, NotADirectoryError: if that is the answer.
         RunDirError: if it cannot be done.
     """
     began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
     while True:
         try:
             return action()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
             raise
         except Exception as error:
             if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS:
