@@ -5,7 +5,6 @@ worker killed at any moment costs the steps since the last checkpoint and no seg
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -16,9 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +29,8 @@ from longrope2_ray.factors import RescaleFactors, factors_from_json
 from longrope2_ray.packing import SegmentReader
 from longrope2_ray.plan import step_flops
 from longrope2_ray.recipe import TRAIN_FREE_FIELDS, Recipe, StoppedError, flatten
-from longrope2_ray.rundir import FencedError, RunDir, RunDirError, patiently
+from longrope2_ray.rundir import FencedError, RunDir, RunDirError
+from longrope2_ray.snapshots import KEPT, Snapshots, is_whole, seal
 
 log = logging.getLogger("longrope2")
 
@@ -192,7 +191,7 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
 
     settings, model = job.recipe.train, job.recipe.model
     where: Any = {"gguf_file": model.gguf_file, "revision": model.revision}
-    rank = ray.train.get_context().get_world_rank()
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.threads)
     loaded = load_skeleton(model.path, **where) if rank else load_model(model.path, **where, device="cpu")
     device = torch.device("cpu") if model.device == "cpu" else get_device()
@@ -202,11 +201,7 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     reader = SegmentReader(run_dir)
     train_dir = RunDir(f"{job.url}/{job.folder}", patience_seconds=run_dir.patience_seconds)
     train_dir.claim = job.claim
-    step = 0
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        # a shared folder is read in place, by every worker what it needs
-        with nullcontext(checkpoint.path) if run_dir.local else checkpoint.as_directory() as folder:
-            step = trainer.load(folder)
+    step = _resume(Snapshots(train_dir.url, run_dir.patience_seconds), trainer, rank, world)
     while step < job.num_steps:
         began = time.perf_counter()
         if rank == 0:
@@ -225,12 +220,23 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
         if step % settings.checkpoint_steps == 0 or step == job.num_steps:
             with tempfile.TemporaryDirectory() as folder:
                 trainer.save(folder, step)
+                seal(folder, step, rank, world)
                 ray.train.report(
                     {"step": step, "loss": result.loss}, checkpoint=ray.train.Checkpoint.from_directory(folder)
                 )
     weights = trainer.weights()
     if rank == 0:
         save_model(job, weights, run_dir)
+
+
+def _resume(snapshots: Snapshots, trainer: Any, rank: int, world: int) -> int:
+    """Take up the newest checkpoint that is whole; its step, 0 if there is none."""
+    for path in snapshots.found():
+        with snapshots.opened(path) as folder:
+            if trainer.agree(is_whole(folder, rank, world)):
+                return int(trainer.load(folder))
+        log.warning("the checkpoint %s is damaged; an older one is taken", path)
+    return 0
 
 
 def _row(job: TrainJob, step: int, result: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -311,78 +317,6 @@ def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None
         look()
 
 
-class CheckpointFiles:
-    """An fsspec filesystem as Ray Train uses it, whose calls are tried again while storage is away or full.
-
-    A file appears whole or not at all: what is written goes to a file of this machine first, what is read comes from one.
-    """
-
-    def __init__(self, filesystem: Any, patience_seconds: float):
-        self._filesystem, self._patience_seconds = filesystem, patience_seconds
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of an object that is just being unpickled
-            raise AttributeError(name)
-        attribute = getattr(self._filesystem, name)
-        return partial(self._try, attribute) if callable(attribute) else attribute
-
-    def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        what = f"{call.__name__} {arguments[0] if arguments else ''}"
-        return patiently(lambda: call(*arguments, **options), what, self._patience_seconds)
-
-    def open(self, path: str, mode: str) -> io.FileIO:
-        """A stream to a file that goes to its place when it is closed, or from a copy."""
-        if "w" in mode:
-            return _Outgoing(partial(self._try, self._put, path))
-        with tempfile.NamedTemporaryFile() as copy:
-            self.get_file(path, copy.name)
-            return io.FileIO(copy.name)
-
-    def _put(self, path: str, copy: str) -> None:
-        if "file" not in self._filesystem.protocol:
-            self._filesystem.put_file(copy, path)
-            return
-        beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            self._filesystem.put_file(copy, beside)
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
-
-
-class _Outgoing(io.FileIO):
-    """A file of this machine that is handed to ``put`` when it is closed, and goes."""
-
-    def __init__(self, put: Callable[[str], None]):
-        handle, self._copy = tempfile.mkstemp()
-        super().__init__(handle, "w")
-        self._put = put
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        super().close()
-        try:
-            self._put(self._copy)
-        finally:
-            os.unlink(self._copy)
-
-
-def checkpoint_storage(url: str, patience_seconds: float) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints: through fsspec, like everything else here, and as patiently.
-
-    Left alone it would take pyarrow's client, which finds keys, endpoint and region in another way than fsspec's, and give
-    up at the first error. Listings are not kept, since every worker and the driver have a client of their own.
-    """
-    import pyarrow.fs
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(url, use_listings_cache=False)
-    handler = pyarrow.fs.FSSpecHandler(CheckpointFiles(filesystem, patience_seconds))
-    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
-
-
 def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None]) -> dict[str, Any]:
     """Train on the Ray that is there, from the last checkpoint if there is one; the content of its ``result.json``.
 
@@ -410,6 +344,8 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
     check_parallel(workers, job.spec.num_kv_heads, settings)
     train_dir.patience_seconds = job.recipe.storage.patience_seconds  # from here on something could be lost
     train_dir.take_over()
+    snapshots = Snapshots(f"{job.url}/{job.folder}", train_dir.patience_seconds)
+    snapshots.prune()
     trainer = TorchTrainer(
         cast(Any, train_worker),
         train_loop_config=cast(Any, replace(job, claim=train_dir.claim)),
@@ -420,9 +356,10 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name="checkpoints",
-            **checkpoint_storage(f"{job.url}/{job.folder}", train_dir.patience_seconds),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            name=Path(str(train_dir.claim)).stem,
+            storage_path=snapshots.path,
+            storage_filesystem=snapshots.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )
@@ -430,6 +367,7 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         with watching(train_dir, observe):
             trainer.fit()
     except TrainingFailedError as error:
+        train_dir.require_ownership()
         raise StoppedError(
             f"training failed more than {settings.max_failures} times (train.max_failures): {error}"
         ) from error

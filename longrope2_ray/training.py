@@ -420,6 +420,10 @@ class MixedTrainer:
         )
         return ids, positions, targets
 
+    def agree(self, own: bool) -> bool:
+        """Whether all ranks say so."""
+        return self._all_reduce([float(not own)]) == [0.0]
+
     def _all_reduce(self, numbers: list[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor)

@@ -34,7 +34,8 @@ from longrope2_ray.model import load_model, read_spec
 from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
 from longrope2_ray.recipe import Recipe, StoppedError
 from longrope2_ray.rundir import FencedError, RunDir, RunDirError
-from longrope2_ray.trainer import checkpoint_storage, find_factors, prepare_training, run_training
+from longrope2_ray.snapshots import Snapshots, is_whole, seal
+from longrope2_ray.trainer import find_factors, prepare_training, run_training
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 96
@@ -119,7 +120,10 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
 def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
     tmp_path: Path, model_dir: str
 ) -> None:
-    """First the command is killed with -9, then, in the same command again, a worker: each between two checkpoints."""
+    """First the command is killed with -9, then, in the same command again, a worker: each between two checkpoints.
+
+    A bit of the newest checkpoint flips in the meantime, and Ray's own notes are torn.
+    """
     recipe = recipe_of(model_dir, max_steps=30, checkpoint_steps=4)
     rows, weights = train(recipe, prepared_dir(tmp_path / "whole"))
     assert [row["step"] for row in rows] == list(range(1, 31))
@@ -139,13 +143,18 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     ]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(folder, 6, lambda: first.poll() is None)
+    wait_for_step(folder, 10, lambda: first.poll() is None)
     orphans = training_workers(first.pid)
     first.kill()
     first.wait()
     assert not (folder / "train" / "result.json").exists()
     assert orphans
     assert not psutil.wait_procs(orphans, timeout=60)[1], "they go with their Ray"
+    newest, older, *_ = Snapshots(str(folder / "train"), 0.0).found()
+    flip_a_bit(max(Path(newest).glob("*.distcp"), key=lambda path: path.stat().st_size))
+    (Path(newest).parent / "checkpoint_manager_snapshot.json").write_text("{")
+    steps = [json.loads(next(Path(place).glob("whole-*")).read_text())["step"] for place in (newest, older)]
+    written = {step: (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns for step in steps}
 
     killed: list[int] = []
 
@@ -160,6 +169,9 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     again, same = train(recipe, folder)
     assassin.join(timeout=10)
     assert killed
+    for step in steps:
+        again_at = (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns
+        assert (again_at == written[step]) is (step == steps[1]), "it did not go on from the older checkpoint"
     assert [without_times(row) for row in again] == [without_times(row) for row in rows]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -268,6 +280,50 @@ def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path:
     assert train_dir.read_json("result.json") is None
 
 
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def make_checkpoint(place: Path, step: int, world: int = 2) -> Path:
+    """Files as two workers leave them, each in a folder of its own until they are uploaded."""
+    for rank in range(world):
+        own = place.parent / f"own-{rank}"
+        own.mkdir(parents=True)
+        (own / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 50)
+        seal(str(own), step, rank, world)
+        place.mkdir(exist_ok=True)
+        for path in list(own.iterdir()):
+            path.rename(place / path.name)
+        own.rmdir()
+    return place
+
+
+def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    assert Snapshots(str(tmp_path), 0.0).found() == []
+    old = make_checkpoint(place / "000001-a" / "checkpoint_2", 8)
+    new = make_checkpoint(place / "000002-b" / "checkpoint_1", 12)  # by its step, whatever the clock said
+    oldest = make_checkpoint(place / "000001-a" / "checkpoint_1", 4)
+    unfinished = make_checkpoint(place / "000003-c" / "checkpoint_3", 16)
+    (unfinished / "whole-00001-of-00002.json").unlink()
+    torn = make_checkpoint(place / "000003-c" / "checkpoint_4", 20)
+    (torn / "whole-00000-of-00002.json").write_text('{"step": ')
+    snapshots = Snapshots(str(tmp_path), 0.0)
+    assert snapshots.found() == [str(new), str(old), str(oldest)]
+    snapshots.prune()
+    assert snapshots.found() == [str(new), str(old)]
+    assert not (place / "000003-c").exists()
+    assert not oldest.exists()
+    with snapshots.opened(str(new)) as folder:
+        assert all(is_whole(folder, rank, 3) for rank in range(3))
+    for damage in (flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damaged = make_checkpoint(place / "000004-d" / f"checkpoint_{damage.__name__}", 24)
+        damage(damaged / "__1_0.distcp")
+        assert not all(is_whole(str(damaged), rank, 3) for rank in range(3))
+
+
 class FullDisk:
     """This machine's files, while there is no file ``full`` in ``folder``; each refusal leaves a file ``refused-...`` there."""
 
@@ -297,7 +353,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Path) -> None:
-    files = pickle.loads(pickle.dumps(checkpoint_storage(str(tmp_path), 2.0)["storage_filesystem"].handler.fs))
+    files = pickle.loads(pickle.dumps(Snapshots(str(tmp_path), 2.0).filesystem.handler.fs))
     place, run = tmp_path / "run" / "a", tmp_path / "run"
     files.mkdir(str(run))
     with pytest.raises(FileExistsError):
