@@ -149,6 +149,7 @@ class ScorerPool:
         self._idle: dict[str, _Slot] = {}
         self._asked: dict[Future[Any], _Slot] = {}  # answer that has not come yet -> who owes it
         self._answers: SimpleQueue[Future[Any]] = SimpleQueue()  # those that have come, some of them nobody's any more
+        self._scores: list[Score] = []  # that have come in; another's failure loses none of them
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
         self._disputed: dict[tuple[str, str, int], str] = {}  # unit -> who said that its score is not finite
@@ -191,11 +192,11 @@ class ScorerPool:
         Raises:
             StoppedError: if a failure will not mend.
         """
-        scores = []
         while not self._answers.empty():
             answer = self._answers.get()
             if answer in self._asked and (score := self._collect(answer)):
-                scores.append(score)
+                self._scores.append(score)
+        scores, self._scores = self._scores, []
         return scores
 
     def counts(self) -> dict[str, int]:

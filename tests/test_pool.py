@@ -186,6 +186,22 @@ def test_a_unit_that_always_fails_stops_the_run_with_its_reason(tmp_path):
     pool.close()
 
 
+def test_what_came_in_with_a_failure_that_stops_the_run_is_not_lost(tmp_path):
+    pool = toy_pool(tmp_path, max_attempts=1)
+    while pool.counts()["idle"] < 2:
+        pool.wait()
+    submit(pool, "plain", 1)
+    pool.submit(Unit("vector", "raises-always", 1, ONES))
+    began = time.monotonic()
+    while pool._answers.qsize() < 2:
+        assert time.monotonic() - began < 60
+        time.sleep(0.01)
+    with pytest.raises(StoppedError, match="a broken disk"):
+        pool.wait()
+    assert [score.needle_set for score in pool.flush()] == ["plain"]
+    pool.close()
+
+
 def test_out_of_memory_stops_at_once_and_names_the_fields(tmp_path):
     pool = toy_pool(tmp_path)
     submit(pool, "out-of-memory", 1)
