@@ -8,12 +8,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from longrope2_ray.recipe import BandSection, SourceSection
-from longrope2_ray.rundir import RunDir
+from longrope2_ray.rundir import RunDir, patiently
 
 Window = Literal["short", "long"]
 MANIFEST = "data/manifest.json"
@@ -229,7 +230,7 @@ class SegmentReader:
         self.windows: list[Window] = [
             window for shard in manifest["shards"] for window in kinds for _ in range(shard[window])
         ]
-        self._path = run_dir.path
+        self._run_dir = run_dir
         self._ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
         self._footers: dict[int, Any] = {}
 
@@ -241,18 +242,23 @@ class SegmentReader:
 
         Raises:
             IndexError: beyond the last segment.
-            ValueError: if its shard is gone or corrupt.
-            OSError: if storage fails.
+            ValueError: if its shard is gone or corrupt, or storage fails for longer than the run directory is patient.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if not 0 <= index < len(self):
             raise IndexError(f"segment: expected 0 ... {len(self) - 1}, got {index}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[shard - 1]) if shard else 0)
         group, within = divmod(row, self.manifest["rows_per_group"])
-        path = self._path / f"{self.manifest['shards'][shard]['name']}.parquet"
+        path = self._run_dir.path / f"{self.manifest['shards'][shard]['name']}.parquet"
+        read = partial(self._read, path, shard, group, within)
+        input_ids, cu_seqlens = patiently(read, f"read {path}", self._run_dir.patience_seconds)
+        return Segment(input_ids.astype(np.int64), cu_seqlens.astype(np.int32), self.windows[index])
+
+    def _read(self, path: Any, shard: int, group: int, within: int) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) ids and the bounds of their documents: one row of one row group."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             with path.open("rb") as file:
                 parquet = pq.ParquetFile(file, metadata=self._footers.get(shard), page_checksum_verification=True)
@@ -263,7 +269,7 @@ class SegmentReader:
             if away and not isinstance(error, FileNotFoundError):
                 raise  # no fault of the shard: what Arrow finds in it has no number
             raise ValueError(f"{path}: expected a whole shard, got: {error}; run longrope2 data again") from error
-        numbers = {name: found[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "cu_seqlens")}
-        return Segment(
-            numbers["input_ids"].astype(np.int64), numbers["cu_seqlens"].astype(np.int32), self.windows[index]
+        input_ids, cu_seqlens = (
+            found[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "cu_seqlens")
         )
+        return input_ids, cu_seqlens

@@ -1,8 +1,11 @@
 """Packing without Ray: no token is lost unseen, segments are exact, quotas are met in key order."""
 
+import errno
 import itertools
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from longrope2_ray.packing import (
     windows_of,
 )
 from longrope2_ray.recipe import BandSection, SourceSection
-from longrope2_ray.rundir import RunDir
+from longrope2_ray.rundir import RunDir, RunDirError
 
 LENGTH, ORIGINAL = 32, 8
 
@@ -119,7 +122,7 @@ def test_quotas_take_the_least_keys_whatever_the_order(data):
             assert its.tokens - tokens[keys == its.last_key].item() < its.quota <= its.tokens
 
 
-def test_the_reader_gives_back_what_was_written(tmp_path):
+def test_the_reader_gives_back_what_was_written(tmp_path, monkeypatch):
     run, length = RunDir(str(tmp_path)), 16384
     rng = np.random.default_rng(0)
     shards = [
@@ -146,6 +149,20 @@ def test_the_reader_gives_back_what_was_written(tmp_path):
     assert (reader[0].input_ids.dtype, reader[0].cu_seqlens.dtype) == (np.int64, np.int32)
     with pytest.raises(IndexError):
         reader[6]
+    away = iter([TimeoutError("no answer"), OSError(errno.EIO, "Input/output error")])
+    whole = pq.ParquetFile
+
+    def hesitating(*arguments: Any, **options: Any) -> pq.ParquetFile:
+        for error in away:
+            raise error
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", hesitating)
+    with pytest.raises(RunDirError, match="no answer"):
+        reader[0]
+    patient = SegmentReader(RunDir(str(tmp_path), patience_seconds=5.0))
+    assert content_digest([patient[0]]) == content_digest([written[0]])
+    assert next(away, None) is None
     torn = bytearray((tmp_path / "data" / "s0.parquet").read_bytes())
     torn[len(torn) // 3] ^= 1
     (tmp_path / "data" / "s0.parquet").write_bytes(torn)
