@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -114,11 +115,18 @@ class Chaos:
 
 
 def start_driver(
-    run_dir: Path, recipe: Sequence[str], address: str, chaos: Chaos, log: Path, clock_seconds: float = 0.0
+    run_dir: Path | str, recipe: Sequence[str], address: str, chaos: Chaos, log: Path, clock_seconds: float = 0.0
 ) -> subprocess.Popen[bytes]:
     """``longrope2 search`` on the cluster; its output goes to ``log``."""
     command = [sys.executable, str(Path(__file__)), "search", *recipe, "--run-dir", str(run_dir)]
-    environment = {**ENVIRONMENT, "RAY_ADDRESS": address, "CHAOS_DIR": str(chaos.folder), "PYTHONPATH": str(ROOT)}
+    bucket = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment = {
+        **ENVIRONMENT,
+        **bucket,
+        "RAY_ADDRESS": address,
+        "CHAOS_DIR": str(chaos.folder),
+        "PYTHONPATH": str(ROOT),
+    }
     if clock_seconds:
         environment["CHAOS_CLOCK"] = str(clock_seconds)
     with log.open("ab") as out:
@@ -250,12 +258,13 @@ class Cluster:
 # ----------------------------------------------------------------------------------------------------- the run directory
 
 
-def damage(run_dir: Path, rng: random.Random) -> str:
+def damage(run_dir: Path | str, rng: random.Random) -> str:
     """Tear, flip, truncate, empty or remove one file of a run; what was done."""
-    files = sorted(
-        p for p in run_dir.rglob("*.json") if p.parent.name in ("scores", "generations", "drivers", run_dir.name)
+    place = run_dir_of(run_dir)
+    name = rng.choice(
+        [n.lstrip("/") for folder in ("", "drivers", "generations", "scores") for n in place.names(folder)]
     )
-    path = rng.choice(files)
+    path = place.path / name
     data = path.read_bytes()
     how = rng.choice(["torn", "flipped", "empty", "missing"])
     if how == "missing":
@@ -265,24 +274,61 @@ def damage(run_dir: Path, rng: random.Random) -> str:
         path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :])
     else:
         path.write_bytes(data[: rng.randrange(len(data)) if how == "torn" and data else 0])
-    return f"{path.relative_to(run_dir)} {how}"
+    return f"{name} {how}"
 
 
-def outcome(run_dir: Path) -> dict[str, bytes]:
+def outcome(run_dir: Path | str) -> dict[str, bytes]:
     """What has to be the same in the end: the winner and every generation, the final population among them."""
-    names = ["winner.json", *sorted(f"generations/{p.name}" for p in (run_dir / "generations").glob("*.json"))]
-    return {name: (run_dir / name).read_bytes() for name in names}
+    place = run_dir_of(run_dir)
+    return {name: bytes((place.path / name).read_bytes()) for name in ["winner.json", *place.names("generations")]}
 
 
-def committed(run_dir: Path) -> Counter[tuple[str, str, int]]:
-    """How often each unit stands in the ledger's whole segments."""
+Units = list[tuple[str, str, int]]
+
+
+def committed(run_dir: Path | str, known: dict[str, Units] | None = None) -> Counter[tuple[str, str, int]]:
+    """How often each unit stands in the ledger's whole segments; those in ``known`` are not read again."""
+    place, known = run_dir_of(run_dir), {} if known is None else known
+    names = place.names("scores")
+    for name in names:
+        if name not in known and (body := place.read_or_skip(name)):
+            known[name] = [(row["vector_id"], row["needle_set"], row["sample"]) for row in body["rows"]]
+    return Counter(unit for name in names for unit in known.get(name, []))
+
+
+def run_dir_of(run_dir: Path | str) -> Any:
+    """The files of a run, on this machine or in a bucket."""
     from longrope2_ray.rundir import RunDir
 
-    place, units = RunDir(str(run_dir)), Counter[tuple[str, str, int]]()
-    for name in place.names("scores"):
-        rows = (place.read_or_skip(name) or {"rows": []})["rows"]
-        units.update((row["vector_id"], row["needle_set"], row["sample"]) for row in rows)
-    return units
+    return RunDir(str(run_dir))
+
+
+@contextmanager
+def s3_server() -> Iterator[psutil.Process]:
+    """An S3 server of its own (moto), which every client finds that is started meanwhile."""
+    port = free_port()
+    process = subprocess.Popen(
+        [BIN / "moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None, "the S3 server ended"
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    found_by = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        with mock.patch.dict(os.environ, found_by):
+            wait_until(answers, "the S3 server answers")
+            yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:

@@ -1,6 +1,7 @@
 """The proof that nothing is lost: demo-size searches under random faults, each compared with an undisturbed one.
 
     python tests/soak.py --searches 50 --seed 0 --log runs/soak.jsonl
+    python tests/soak.py --searches 10 --seed 0 --log runs/soak_s3.jsonl --s3     # run directories in a bucket (moto)
 
 Every search meets two to four faults at random moments. It is started again whenever its driver is gone, and in the end
 its winner and every generation must be the same bytes, no unit may stand in the ledger twice, and none that was ever
@@ -19,24 +20,41 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from chaos import SCORER_FAULTS, STORAGE_FAULTS, Chaos, Cluster, committed, damage, outcome, start_driver
+import psutil
+import s3fs
+from chaos import (
+    SCORER_FAULTS,
+    STORAGE_FAULTS,
+    Chaos,
+    Cluster,
+    Units,
+    committed,
+    damage,
+    outcome,
+    s3_server,
+    start_driver,
+)
 
 # The demo's search; of its tables one row of each kind, since a fault in 441 units of a table is no other fault.
 RECIPE = [
     "demo", "--report.methods", '["yarn", "longrope2"]', "--report.num-samples", "4", "--report.attention-factors", "[1.0]",
     "--scorer.stall-seconds", "20", "--storage.patience-seconds", "300",
 ]  # fmt: skip
+BUCKET = "soak"
 PATIENCE_SECONDS = 1800.0  # for one search
 
 
 class Search:
     """One search in its directory, whatever happens to it."""
 
-    def __init__(self, folder: Path, cluster: Cluster, rng: random.Random):
-        self.folder, self.cluster, self.rng, self.place = folder, cluster, rng, folder / "run"
+    def __init__(self, folder: Path, cluster: Cluster, rng: random.Random, server: psutil.Process | None):
+        self.folder, self.cluster, self.rng, self.server = folder, cluster, rng, server
+        self.place = f"s3://{BUCKET}/{folder.name}" if server else str(folder / "run")
+        self.known: dict[str, Units] = {}
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
         self.seen: Counter[tuple[str, str, int]] = Counter()
         self.damaged: list[str] = []
@@ -50,7 +68,7 @@ class Search:
 
     def look(self) -> int:
         """Units in the ledger now; whatever was there once is remembered."""
-        units = committed(self.place) if (self.place / "scores").exists() else Counter()
+        units = committed(self.place, self.known)
         self.seen |= units
         return len(units)
 
@@ -92,6 +110,15 @@ class Search:
             self.chaos.order(fault)
             time.sleep(1.0)
         return fault
+
+    def storage_stalls(self) -> str:
+        """Connections hang; on this machine's own disk nothing does."""
+        seconds = self.rng.uniform(5, 20)
+        if self.server:
+            self.server.suspend()
+            time.sleep(seconds)
+            self.server.resume()
+        return f"for {seconds:.0f} s" if self.server else "not on a disk"
 
     def node_is_lost(self) -> str:
         notice = self.rng.random() < 0.5
@@ -140,7 +167,8 @@ class Search:
         self.look()
         done = [damage(self.place, self.rng) for _ in range(3)]
         self.damaged += done
-        self.seen = committed(self.place)  # what was lost on purpose is not missing
+        self.known.clear()
+        self.seen = committed(self.place, self.known)  # what was lost on purpose is not missing
         return ", ".join(done)
 
 
@@ -149,17 +177,24 @@ FAULTS = [
     Search.all_nodes_are_lost, Search.driver_is_killed, Search.driver_is_terminated, Search.second_driver_starts,
     Search.head_is_restarted, Search.clock_is_off, Search.files_are_damaged,
 ]  # fmt: skip
+FAULTS_IN_A_BUCKET = [*FAULTS, Search.storage_stalls, Search.storage_stalls]
 
 
 def soak(
-    index: int, seed: int, folder: Path, cluster: Cluster, expected: dict[str, bytes], units: int
+    index: int,
+    seed: int,
+    folder: Path,
+    cluster: Cluster,
+    expected: dict[str, bytes],
+    units: int,
+    server: psutil.Process | None,
 ) -> dict[str, Any]:
     """One search under faults; what happened and whether it came out right."""
     rng = random.Random(f"{seed} {index}")
-    faults = rng.sample(FAULTS, rng.randint(2, 4))
+    faults = rng.sample(FAULTS_IN_A_BUCKET if server else FAULTS, rng.randint(2, 4))
     moments = sorted(rng.randint(1, units - 20) for _ in faults)
     began = time.monotonic()
-    search = Search(folder, cluster, rng)
+    search = Search(folder, cluster, rng, server)
     happened = []
     for moment, fault in zip(moments, faults, strict=True):
         if not search.follow(lambda seen, moment=moment: seen >= moment):
@@ -167,7 +202,7 @@ def soak(
         happened.append(f"{fault.__name__} at {moment}: {fault(search)}".rstrip(": "))
     search.follow(lambda seen: False)
     search.look()
-    final = committed(search.place)
+    final = committed(search.place)  # read again, whole
     while len(cluster.nodes) > 2:
         cluster.lose_node(2)
     while len(cluster.nodes) < 2:
@@ -191,7 +226,15 @@ def main() -> int:
     parser.add_argument("--searches", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("runs/soak.jsonl"))
+    parser.add_argument("--s3", action="store_true", help="run directories in a bucket of an S3 server of its own")
     args = parser.parse_args()
+    with s3_server() if args.s3 else nullcontext() as server:
+        return run(args, server)
+
+
+def run(args: argparse.Namespace, server: psutil.Process | None) -> int:
+    if server:
+        s3fs.S3FileSystem().mkdir(BUCKET)
     logging.getLogger("longrope2").setLevel(logging.ERROR)  # who looks on need not name each damaged file
     rows = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
     args.log.parent.mkdir(parents=True, exist_ok=True)
@@ -199,12 +242,12 @@ def main() -> int:
     cluster = Cluster(nodes=2)
     try:
         began = time.monotonic()
-        calm = Search(work / "undisturbed", cluster, random.Random(0))
+        calm = Search(work / "undisturbed", cluster, random.Random(0), server)
         calm.follow(lambda seen: False)
         expected, units = outcome(calm.place), len(committed(calm.place))
         print(f"undisturbed: {units} units, {time.monotonic() - began:.0f} s", flush=True)
         for index in range(len(rows), args.searches):
-            row = soak(index, args.seed, work / str(index), cluster, expected, units)
+            row = soak(index, args.seed, work / str(index), cluster, expected, units, server)
             rows.append(row)
             with args.log.open("a") as log:
                 log.write(json.dumps(row) + "\n")

@@ -27,6 +27,7 @@ import ray
 import s3fs
 import tomli_w
 import torch
+from chaos import s3_server
 from test_trainer import LENGTH, WINDOW, recipe_of, training_workers, without_times, write_data
 from test_trainer import model_dir as model_dir
 from tokenizers import Tokenizer, pre_tokenizers
@@ -51,36 +52,12 @@ MOST_SECONDS = 900  # for what waits: the machine may be slow and others at work
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
     """An S3 server, and the environment in which every client, in workers too, finds it and nothing else."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [BIN / "moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def answers() -> bool:
-        assert process.poll() is None, "the S3 server ended"
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", port)) == 0
-
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "LONGROPE2_CACHE": str(tmp_path_factory.mktemp("cache")),
-        }.items():
-            environment.setenv(name, value)
+    with s3_server() as process, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LONGROPE2_CACHE", str(tmp_path_factory.mktemp("cache")))
         environment.delenv("RAY_ADDRESS", raising=False)
         s3fs.S3FileSystem.clear_instance_cache()
-        try:
-            wait_until(answers)
-            yield psutil.Process(process.pid)
-        finally:
-            process.kill()
-            process.wait()
-            s3fs.S3FileSystem.clear_instance_cache()
+        yield process
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
