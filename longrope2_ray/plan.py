@@ -167,6 +167,8 @@ def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: f
         "sequence_parallel": settings.sequence_parallel,
         "memory_gib": {k: v / 2**30 for k, v in memory.items()},
         "fits": memory["total"] / 2**30 <= device.memory_gib,
+        "first_host_gib": 4 * num_parameters(shape) / 2**30,
+        "checkpoint_gib": 12 * num_parameters(shape) / 2**30,
     }
 
 
@@ -254,4 +256,6 @@ def format_plan(cost: dict[str, Any]) -> str:
         ]
         lines += [f"  {part:<25} {gib:6.2f} GiB" for part, gib in train["memory_gib"].items()]
         lines.append("fits" if train["fits"] else "DOES NOT FIT: raise train.num_workers or train.sequence_parallel")
+        lines.append(f"the first worker's host holds the whole model: {train['first_host_gib']:.1f} GiB; a checkpoint takes "
+                     f"{train['checkpoint_gib']:.1f} GiB, two are kept")  # fmt: skip
     return "\n".join(lines)

@@ -181,6 +181,14 @@ def test_memory_of_training_8b_at_128k_is_what_others_need(workers: int, degree:
     assert total == pytest.approx(gib, rel=0.3)
 
 
+def test_the_plan_says_what_the_first_worker_and_a_checkpoint_take() -> None:
+    """Llama-3-8B: 8.03 B float32 numbers on one host; weights and both moments of AdamW in a checkpoint."""
+    chosen = load_recipe("llama3_8b_128k")
+    assert chosen.model.shape is not None
+    said = format_plan(plan(chosen, chosen.model.shape, "h100")).splitlines()[-1]
+    assert said.startswith("the first worker's host holds the whole model: 29.9 GiB; a checkpoint takes 89.7 GiB")
+
+
 def test_the_papers_training_is_its_recipe() -> None:
     """64 A100 for 54 hours (Sec. 4.1); activation checkpointing adds a third to the model's own FLOPs."""
     for name, hours in (("llama3_8b_128k", 54), ("phi3_mini_128k", 39)):
