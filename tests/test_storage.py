@@ -186,10 +186,10 @@ def test_a_server_that_is_gone_is_told_and_no_file_is_taken_for_torn(
             away.create()
         with pytest.raises(ValueError, match=r"expected a readable model at .*, got Could not connect"):
             resolve_model_path(f"{bucket}/model")
-        reader._path = away.path
-        with pytest.raises(Exception, match="Could not connect") as caught_too:
+        reader._run_dir = away
+        with pytest.raises(RunDirError, match="Could not connect") as caught_too:
             reader[0]
-        assert not isinstance(caught_too.value, ValueError), "what training takes for a mistake that will not mend"
+        assert "longrope2 data" not in str(caught_too.value), "the shard is taken for torn"
 
 
 # --- the model
