@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from longrope2_ray import driver
     from longrope2_ray.baselines import METHODS, baseline
     from longrope2_ray.evolution import SearchSpace
-    from longrope2_ray.factors import RescaleFactors, factors_from_json
+    from longrope2_ray.factors import factors_from_json
     from longrope2_ray.search import SEARCH_SET, report_set
 
     length = recipe.search.target_length
@@ -279,7 +280,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.attention_factor is not None:
         setting = SearchSection(target_length=length, attention_factor=_number(arguments.attention_factor))
         temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
-        vector = RescaleFactors(vector.values, temperature, vector.critical_dim, vector.source)
+        vector = replace(vector, attention_factor=temperature)
     needle_set = SEARCH_SET if arguments.set == "search" else report_set((recipe.report.lengths or [length])[0])
     with driver.ray_session():
         result = driver.score_vector(prepared, vector, needle_set)

@@ -13,11 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
-from longrope2_ray.baselines import baseline, su_attention_factor, yarn_attention_factor
+from longrope2_ray.baselines import PLAIN, baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.factors import RescaleFactors, assemble
 from longrope2_ray.recipe import AttentionFactor, SearchSection, StoppedError
 from longrope2_ray.rope import RopeGeometry
 
+LONGROPE_STARTS = ("pi", "ntk", "yarn")
 MAX_TRIES = 200  # for a child that nobody saw before; a search space that gives none has been exhausted
 
 
@@ -30,24 +31,28 @@ class Candidate:
         tail: factors from there on, non-decreasing.
         attention_factor: temperature that it is scored with.
         parent_id: the candidate that it was bred from.
+        start_tokens: how many positions at the start keep the original RoPE (LongRoPE's ``n_hat``).
     """
 
     critical_dim: int
     tail: tuple[float, ...]
     attention_factor: float = 1.0
     parent_id: str | None = None
+    start_tokens: int = 0
 
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the content: equal candidates have equal ids, whoever bred them."""
-        content = json.dumps([self.critical_dim, self.tail, self.attention_factor])
+        start = [self.start_tokens] if self.start_tokens else []
+        content = json.dumps([self.critical_dim, self.tail, self.attention_factor, *start])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @cached_property
     def factors(self) -> RescaleFactors:
         """The whole vector, head derived."""
         values = assemble(self.critical_dim, self.tail)
-        return RescaleFactors(values, self.attention_factor, self.critical_dim, f"candidate {self.id}")
+        source = f"candidate {self.id}"
+        return RescaleFactors(values, self.attention_factor, self.critical_dim, source, self.start_tokens)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class SearchSpace:
         tail_bounds: lowest and highest factor of a tail.
         attention_bounds: lowest and highest attention factor; equal if it is not searched.
         starts: whole vectors that the search starts from, where every dimension is searched (LongRoPE).
+        start_tokens: numbers of positions at the start that may keep the original RoPE.
     """
 
     num_cosines: int
@@ -67,6 +73,7 @@ class SearchSpace:
     tail_bounds: tuple[float, float]
     attention_bounds: tuple[float, float]
     starts: tuple[tuple[float, ...], ...] = ()
+    start_tokens: tuple[int, ...] = (0,)
 
     @property
     def fixed_attention(self) -> float | None:
@@ -79,14 +86,22 @@ class SearchSpace:
         """The paper's space: ``d_10 ... d_tcd`` and ``[ratio, 2 ratio]``, unless the recipe says otherwise.
 
         Raises:
-            ValueError: if the target is not above the original length or the critical dimensions do not fit the model.
+            ValueError: if the target is not above the original length, or critical dimensions, starting vectors or start
+                tokens do not fit the model.
         """
-        if search.target_length <= geometry.original_length:
+        extended = any(not isinstance(start, str) for start in search.starts)
+        if search.target_length <= geometry.original_length and not extended:
             raise ValueError(
                 f"search.target_length: expected more than the original length {geometry.original_length}, "
-                f"got {search.target_length}"
+                f"got {search.target_length}; to search an extended model's short window, search.starts takes the "
+                f"vector that it was trained with"
             )
-        ratio = search.target_length / geometry.original_length
+        if max(search.start_tokens) > geometry.original_length:
+            raise ValueError(
+                f"search.start_tokens: expected at most the original length {geometry.original_length}, "
+                f"got {max(search.start_tokens)}"
+            )
+        ratio = max(search.target_length / geometry.original_length, 1.0)
         first, last = search.critical_dims or (max(geometry.ten_period_dim, 1), geometry.theoretical_critical_dim)
         if not 0 < first <= last < geometry.num_cosines:
             raise ValueError(
@@ -97,8 +112,9 @@ class SearchSpace:
         starts: tuple[tuple[float, ...], ...] = ()
         if search.dimensions == "all":
             dims, low = (0,), 1.0
-            vectors = [baseline(method, geometry, search.target_length).values for method in ("pi", "ntk", "yarn")]
-            starts = tuple(tuple(np.clip(values, low, high).tolist()) for values in vectors)
+            length = max(search.target_length, geometry.original_length)
+            vectors = [_start(start, geometry, length) for start in search.starts or LONGROPE_STARTS]
+            starts = tuple(tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors)
         if low < 1 or high < low:
             raise ValueError(
                 f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
@@ -108,7 +124,19 @@ class SearchSpace:
         fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
         # [ours] a searched temperature may go twice as far from one as the strongest published rule
         attention = (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
-        return cls(geometry.num_cosines, dims, (low, high), attention, starts)
+        return cls(geometry.num_cosines, dims, (low, high), attention, starts, tuple(search.start_tokens))
+
+
+def _start(start: str | Sequence[float], geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    if isinstance(start, str) and start not in PLAIN:
+        raise ValueError(f"search.starts: expected {', '.join(PLAIN)} or a list of factors, got {start!r}")
+    vector = baseline(start, geometry, target_length) if isinstance(start, str) else RescaleFactors(np.array(start))
+    if len(vector.values) != geometry.num_cosines:
+        raise ValueError(
+            f"search.starts: expected {geometry.num_cosines} numbers, one per cosine dimension of this model, got "
+            f"{len(vector.values)}"
+        )
+    return vector.values
 
 
 def attention_factor(setting: AttentionFactor, ratio: float, original_length: int) -> float | None:
@@ -308,10 +336,10 @@ class Evolution:
         dims = space.critical_dims
         needed = len(space.starts or dims)
         if settings.population_size < needed:
-            each = f"one candidate for each critical dimension {dims[0]} ... {dims[-1]} (search.critical_dims)"
+            each = f"critical dimension {dims[0]} ... {dims[-1]} (search.critical_dims)"
             raise ValueError(
-                f"search.population_size: expected at least {needed}, {'PI, NTK and YaRN' if space.starts else each}, "
-                f"got {settings.population_size}"
+                f"search.population_size: expected at least {needed}, one candidate for each "
+                f"{'vector it starts from (search.starts)' if space.starts else each}, got {settings.population_size}"
             )
         self.space, self.settings = space, settings
         self.generation = Generation(0, (), {}, tuple(self._initial_population()))
@@ -387,7 +415,8 @@ class Evolution:
         """Alg. 1: a constant random tail for every critical dimension, then others (``search.initial``) until there are P."""
         rng = self._rng(0)
         seeds = [
-            Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds))) for dim, tail in self._starts(rng)
+            Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds)), None, self.space.start_tokens[0])
+            for dim, tail in self._starts(rng)
         ]
         yield from seeds
 
@@ -451,7 +480,8 @@ class Evolution:
             dim, tail = moved, shift_tail(tail, dim, moved, low, high)
         context = MutationContext(low, high, settings.mutation_probability, settings.mutation_step, rng)
         tail = MUTATIONS[settings.mutation](tail, context)
-        return Candidate(dim, tuple(map(float, tail)), self._attention(parent.attention_factor, rng), parent.id)
+        attention, start = self._attention(parent.attention_factor, rng), self._start_tokens(parent.start_tokens, rng)
+        return Candidate(dim, tuple(map(float, tail)), attention, parent.id, start)
 
     def _draw(self, dim: int, rng: np.random.Generator) -> Candidate:
         """[ours] A tail of the monotone box: uniform, or in one to four steps. Uniform ones all rise alike, near a
@@ -463,12 +493,16 @@ class Evolution:
             tail = np.repeat(levels, np.diff([0, *cuts, size]))
         else:
             tail = np.sort(rng.uniform(*self.space.tail_bounds, size))
-        return Candidate(dim, tuple(map(float, tail)), float(rng.uniform(*self.space.attention_bounds)))
+        attention = float(rng.uniform(*self.space.attention_bounds))
+        return Candidate(dim, tuple(map(float, tail)), attention, None, self._start_tokens(None, rng))
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)
         attention = parent.attention_factor if rng.random() < 0.5 else mate.attention_factor
-        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id)
+        start = parent.start_tokens
+        if start != mate.start_tokens and rng.random() < 0.5:
+            start = mate.start_tokens
+        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id, start)
 
     def _attention(self, value: float, rng: np.random.Generator) -> float:
         """The temperature as one more gene, where it is searched."""
@@ -478,3 +512,12 @@ class Evolution:
         if low == high or rng.random() >= self.settings.mutation_probability:
             return value
         return float(np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high))
+
+    def _start_tokens(self, value: int | None, rng: np.random.Generator) -> int:
+        """LongRoPE's ``n_hat`` as one more gene, where there is a choice; drawn anew if the parent has none to give."""
+        choices = self.space.start_tokens
+        if len(choices) == 1:
+            return choices[0]
+        if value is not None and rng.random() >= self.settings.mutation_probability:
+            return value
+        return int(rng.choice(choices))

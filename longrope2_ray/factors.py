@@ -17,6 +17,7 @@ class RescaleFactors:
         attention_factor: the temperature applied to queries and keys' product through cos and sin; 1.0 is none.
         critical_dim: the first cosine index of the searched tail, where the vector has one.
         source: where it came from, for tables and messages.
+        start_tokens: positions below it keep the original angles (LongRoPE's ``n_hat``); 0 is none.
 
     Raises:
         ValueError: if an entry is not finite and positive, or the vector is not flat.
@@ -26,6 +27,7 @@ class RescaleFactors:
     attention_factor: float = 1.0
     critical_dim: int | None = None
     source: str = field(default="")
+    start_tokens: int = 0
 
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64)
@@ -39,6 +41,8 @@ class RescaleFactors:
             )
         if not (np.isfinite(self.attention_factor) and self.attention_factor > 0):
             raise ValueError(f"attention_factor: expected a finite positive number, got {self.attention_factor}")
+        if self.start_tokens < 0:
+            raise ValueError(f"start_tokens: expected a number of positions, 0 or more, got {self.start_tokens}")
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
 
@@ -97,6 +101,7 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
                     attention_factor=float(section.get("attention_factor") or 1.0),
                     critical_dim=section.get("critical_dim"),
                     source=source,
+                    start_tokens=int(section.get("start_tokens") or 0),
                 )
     raise ValueError(
         f"--factors: expected a JSON list of numbers, a winner.json or an HF config with long_factor in {source}"

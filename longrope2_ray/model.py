@@ -5,12 +5,14 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from longrope2_ray.checkpoint import resolve_model_path
 from longrope2_ray.rope import RopeGeometry
@@ -431,16 +433,18 @@ class PinnedRope:
             )
         for module, prefix in self._buffers:
             self._check(module, prefix)
+        self._hooks: list[RemovableHandle] = []
         self._original = [
             (self._float32_buffer(module, prefix).clone(), getattr(module, f"{prefix}attention_scaling"))
             for module, prefix in self._buffers
         ]
 
-    def pin(self, values: np.ndarray, attention_factor: float) -> None:
+    def pin(self, values: np.ndarray, attention_factor: float, start_tokens: int = 0) -> None:
         """Rescale every angle by ``1 / values`` and multiply cos and sin by ``attention_factor``.
 
         Args:
             values: (d/2,) factors, finite and positive.
+            start_tokens: positions below it keep the original angles, at the same temperature (LongRoPE's ``n_hat``).
 
         Raises:
             ValueError: if the vector does not fit this model, or holds something else than positive numbers.
@@ -454,24 +458,57 @@ class PinnedRope:
         if not (np.isfinite(values).all() and (values > 0).all()):
             raise ValueError("factors: expected finite positive numbers, got others among them")
         rescaled = torch.from_numpy(self._angles / values).float()
-        for module, prefix in self._buffers:
+        self._unhook()
+        for (module, prefix), (original, _) in zip(self._buffers, self._original, strict=True):
             self._float32_buffer(module, prefix).copy_(rescaled)
             setattr(module, f"{prefix}attention_scaling", float(attention_factor))
+            if start_tokens:
+                hook = partial(self._keep_start, prefix, original, start_tokens)
+                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def restore(self) -> None:
         """Give the buffers and scalings back exactly as they were found (in float32)."""
+        self._unhook()
         for (module, prefix), (buffer, scaling) in zip(self._buffers, self._original, strict=True):
             self._float32_buffer(module, prefix).copy_(buffer)
             setattr(module, f"{prefix}attention_scaling", scaling)
 
     @contextmanager
-    def pinned(self, values: np.ndarray, attention_factor: float) -> Iterator[None]:
+    def pinned(self, values: np.ndarray, attention_factor: float, start_tokens: int = 0) -> Iterator[None]:
         """Pin for the length of a ``with`` block."""
-        self.pin(values, attention_factor)
+        self.pin(values, attention_factor, start_tokens)
         try:
             yield
         finally:
             self.restore()
+
+    def _keep_start(
+        self,
+        prefix: str,
+        original: torch.Tensor,
+        start_tokens: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tables: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Forward hook of a rotary module: its own cos and sin of the original angles where a sequence starts."""
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        if not isinstance(tables, tuple) or positions is None:
+            raise ValueError(f"search.start_tokens: expected [0] for {type(module).__name__}, whose tables are its own")
+        buffer = self._float32_buffer(module, prefix)
+        rescaled = buffer.clone()
+        buffer.copy_(original)
+        try:
+            plain = module.forward(*args, **kwargs)
+        finally:
+            buffer.copy_(rescaled)
+        kept = (positions < start_tokens)[..., None]
+        return tuple(torch.where(kept.to(new.device), old, new) for old, new in zip(plain, tables, strict=True))
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _check(self, module: nn.Module, prefix: str) -> None:
         rope_type = getattr(module, "rope_type", "default")

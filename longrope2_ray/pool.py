@@ -68,10 +68,11 @@ class Scorer:
         self._scorer = NeedleScorer(loaded, spec, mlp_chunk_tokens=settings.mlp_chunk_tokens)
 
     def score(
-        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float
+        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float, start_tokens: int
     ) -> tuple[float, int, bool, float]:
         """(nll_sum, num_tokens, correct, seconds) of one sample under one vector."""
-        result = self._scorer.score(self._needle_sets[needle_set][sample], np.array(values), attention_factor)
+        needle = self._needle_sets[needle_set][sample]
+        result = self._scorer.score(needle, np.array(values), attention_factor, start_tokens)
         return result.nll_sum, result.num_tokens, result.correct, result.seconds
 
 
@@ -126,7 +127,7 @@ class ScorerPool:
     """Keeps ``num_scorers`` actors (or as many as the cluster has room for) and hands units to free ones.
 
     Args:
-        make_actor: name -> a new actor with methods ``place()``, ``ready()`` and ``score(needle_set, sample, values, factor)``.
+        make_actor: name -> a new actor with methods ``place()``, ``ready()`` and ``score``, as ``Scorer`` has them.
         num_scorers: how many; 0 follows the size of the cluster.
         resources: what one actor takes, e.g. ``{"CPU": 1, "GPU": 1}``.
         settings: attempts, stall, load and start limits.
@@ -243,9 +244,9 @@ class ScorerPool:
                 slot = self._idle[str(doubter)]
             self._queue.popleft()
             slot.unit, slot.handed_out = unit, time.time()
-            factors = unit.factors
-            arguments = (unit.needle_set, unit.sample, factors.values.tolist(), factors.attention_factor)
-            self._enter(slot, "busy", slot.actor.score.remote(*arguments))
+            vector = unit.factors
+            numbers = vector.values.tolist(), vector.attention_factor, vector.start_tokens
+            self._enter(slot, "busy", slot.actor.score.remote(unit.needle_set, unit.sample, *numbers))
 
     def _collect(self, answer: Future[Any]) -> Score | None:
         """The score that an actor came back with; None if it only came up, or failed and its unit was requeued."""

@@ -84,7 +84,7 @@ class SearchSection(Section):
     preset: Literal["default", "paper", "authors", "longrope", "random"] = Field(
         "default",
         description="Defaults of the fields below: measured best, the paper's, the authors' code, the first LongRoPE's "
-        "search over every dimension from PI, NTK and YaRN, random search.",
+        "search over every dimension from PI, NTK and YaRN with the positions at the start, random search.",
     )
     population_size: Positive = Field(64, description="Candidates in the initial population, P.")
     iterations: int = Field(40, ge=0, description="Generations after the initial one.")
@@ -121,6 +121,17 @@ class SearchSection(Section):
         "tail",
         description="Search the tail beyond the critical dimension, or every dimension (Table 10's ablation, LongRoPE).",
     )
+    starts: list[Annotated[str, Field(min_length=1)] | list[float]] = Field(
+        [],
+        description="What a search over every dimension starts from: baseline methods, or vectors such as the factors that an "
+        "extended model was trained with; PI, NTK and YaRN unless given.",
+    )
+    start_tokens: list[Annotated[int, Field(ge=0)]] = Field(
+        [0],
+        min_length=1,
+        description="LongRoPE's n_hat: how many positions at the start keep the original RoPE; several numbers to search it with "
+        "the factors, starting from the first.",
+    )
     attention_factor: AttentionFactor = Field(
         1.0, description="Temperature during the search: a number, su, yarn, or search to find it with the factors."
     )
@@ -152,20 +163,32 @@ class SearchSection(Section):
             raise ValueError(f"tail_bounds: expected 0 < low <= high, got {low}, {high}")
         if self.critical_dims is not None and not 0 < self.critical_dims[0] <= self.critical_dims[1]:
             raise ValueError(f"critical_dims: expected 0 < first <= last, got {self.critical_dims}")
+        if self.starts and self.dimensions != "all":
+            raise ValueError(
+                "starts: expected none unless dimensions = 'all'; a tail starts from constant ones (Alg. 1)"
+            )
+        if len(set(self.start_tokens)) < len(self.start_tokens):
+            raise ValueError(f"start_tokens: expected different numbers, got {self.start_tokens}")
         if not isinstance(self.attention_factor, str) and self.attention_factor <= 0:
             raise ValueError(f"attention_factor: expected a positive number, got {self.attention_factor}")
         return self
 
 
 # What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured to be best, "paper" is
-# Alg. 2 read literally, "authors" has the operators of their code, "longrope" is the first paper's search, "random" forgets
-# its parents.
+# Alg. 2 read literally, "authors" has the operators of their code, "longrope" is the first paper's search (its
+# Table 4), "random" forgets its parents.
 _PLAIN = {"top_k": 32, "initial": "mutants", "shift_probability": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {**_PLAIN, "mutation": "neighbours"},
     "authors": {**_PLAIN, "mutation": "authors", "crossover": "authors"},
-    "longrope": {**_PLAIN, "dimensions": "all", "crossover": "authors"},
+    "longrope": {
+        **_PLAIN,
+        "dimensions": "all",
+        "crossover": "authors",
+        "tail_bounds": (1.0, 1.25),
+        "start_tokens": [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256],
+    },
     "random": {**_PLAIN, "mutation": "random"},
 }
 

@@ -84,6 +84,8 @@ def _notes(winner: Mapping[str, Any]) -> list[str]:
     notes = ["Held out: measured on texts and needles that the search did not see."]
     if any(row["length"] > winner["target_length"] for row in winner["report"]):
         notes.append("At lengths beyond the target the baselines get the larger ratio.")
+    if winner["start_tokens"]:
+        notes.append(f"The first {winner['start_tokens']} positions keep the original RoPE.")
     return notes
 
 
@@ -145,6 +147,8 @@ def _result_facts(run: RunData) -> Iterator[tuple[str, str]]:
         yield "theoretical critical dimension", f"{run.theoretical} (ten periods: {run.geometry.ten_period_dim})"
     yield "factors from there on", f"{tail[0]:.4g} to {tail[-1]:.4g}"
     yield "attention factor", f"{run.best['attention_factor']:.3f}"
+    if run.best["start_tokens"]:
+        yield "positions that keep the original RoPE", str(run.best["start_tokens"])
     yield "needle perplexity, search needles", _number(run.best["ppl"])
     born = [str(g.index) for g in run.generations if any(c["id"] == id for c in g.candidates)]
     yield "candidate", f"{id}, bred for generation {born[0] if born else '?'}"

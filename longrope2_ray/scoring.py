@@ -89,13 +89,16 @@ class NeedleScorer:
         """Whether the short way is used; the result does not depend on it."""
 
     @torch.inference_mode()
-    def score(self, sample: NeedleSample, values: np.ndarray, attention_factor: float) -> UnitScore:
+    def score(
+        self, sample: NeedleSample, values: np.ndarray, attention_factor: float, start_tokens: int = 0
+    ) -> UnitScore:
         """Score one sample under one factor vector; the model is left as it was.
 
         Args:
             sample: T tokens, the answer among them.
             values: (d/2,) rescale factors.
             attention_factor: what cos and sin are multiplied by.
+            start_tokens: positions that keep the original angles.
 
         Raises:
             ValueError: if the vector does not fit the model.
@@ -105,7 +108,7 @@ class NeedleScorer:
         # The last answer token is nobody's context, so the needed queries are exactly the last ones of what is fed.
         input_ids = torch.tensor(sample.input_ids[: stop - 1], device=self._device)[None]
         targets = torch.tensor(sample.input_ids[start:stop])
-        with self._rope.pinned(values, attention_factor):
+        with self._rope.pinned(values, attention_factor, start_tokens):
             logits = self._answer_logits(input_ids, stop - start, self.trimmed, self._chunk_tokens)
         targets = targets.to(logits.device)
         nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")

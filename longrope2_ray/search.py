@@ -116,7 +116,7 @@ def report_units(recipe: Recipe) -> int:
 
 def content_id(factors: RescaleFactors) -> str:
     """Key of a vector that is no candidate in the ledger: its content, so that equal vectors share their scores."""
-    return Candidate(0, tuple(factors.values.tolist()), factors.attention_factor).id
+    return Candidate(0, tuple(factors.values.tolist()), factors.attention_factor, None, factors.start_tokens).id
 
 
 class SearchRun:
@@ -371,14 +371,15 @@ class SearchRun:
                         continue
                     if winner and method == "longrope2":
                         values = winner.factors.values
-                        vector = RescaleFactors(values, factor, winner.critical_dim, f"winner {winner.id}")
+                        source = f"winner {winner.id}"
+                        vector = RescaleFactors(values, factor, winner.critical_dim, source, winner.start_tokens)
                     else:
                         dim = (winner and winner.critical_dim) or None
                         temperature = 1.0 if method == "unscaled" else factor
                         vector = baseline(
                             method,
                             geometry,
-                            max(length, target),
+                            max(length, target, original),
                             critical_dim=dim if method in WITH_CRITICAL_DIM else None,
                             attention_factor=temperature,
                         )
@@ -413,6 +414,7 @@ class SearchRun:
             "name": self._recipe.name,
             "factors": best.factors.values.tolist(),
             "attention_factor": best.attention_factor,
+            "start_tokens": best.start_tokens,
             "critical_dim": best.critical_dim,
             "theoretical_critical_dim": geometry.theoretical_critical_dim,
             "ten_period_dim": geometry.ten_period_dim,
@@ -453,5 +455,6 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "critical_dim": candidate.critical_dim,
         "tail": list(candidate.tail),
         "attention_factor": candidate.attention_factor,
+        "start_tokens": candidate.start_tokens,
         "parent_id": candidate.parent_id,
     }

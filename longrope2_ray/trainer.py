@@ -126,7 +126,8 @@ def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:
     """The vector that ``train.factors`` names.
 
     Raises:
-        ValueError: if the search is not finished, there is no such file, or the vector does not fit the model.
+        ValueError: if the search is not finished, there is no such file, the vector does not fit the model, or keeps the
+            original RoPE at the start, which no config of transformers can say.
     """
     name, search, geometry = recipe.train.factors, recipe.search, spec.geometry
     if name in METHODS and name != "longrope2":
@@ -150,6 +151,11 @@ def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:
                 f"{error}"
             ) from error
         vector = factors_from_json(text, name)
+    if vector.start_tokens:
+        raise ValueError(
+            f"train.factors: expected a vector for every position, which is all that transformers' longrope can say, got "
+            f"one that keeps the original RoPE at the first {vector.start_tokens} positions; search with search.start_tokens = [0]"
+        )
     return vector.require_length(geometry.num_cosines)
 
 

@@ -95,6 +95,13 @@ def test_the_recipe_reference_names_every_section(capsys):
         (["search", "debug", "--search.population-size", "4"], ["search.population_size", "at least 9"]),
         (["search", "debug", "--search.target-length", "400000"], ["needles.text", "400000"]),
         (["search", "debug", "--search.critical-dims", "[3,99]"], ["search.critical_dims"]),
+        (["search", "debug", "--search.starts", '["pi"]'], ["starts", "dimensions = 'all'"]),
+        (
+            ["search", "debug", "--search.dimensions", "all", "--search.starts", '["magic"]'],
+            ["search.starts", "'magic'"],
+        ),
+        (["search", "debug", "--search.start-tokens", "[300]"], ["search.start_tokens", "256, got 300"]),
+        (["search", "debug", "--search.start-tokens", "[-1]"], ["search.start_tokens", "-1"]),
         (["search", "debug", "--model.path", "/no/such/model"], ["model.path", "/no/such/model"]),
         (["search", "debug", "--model.attention", "flash_attention_2"], ["model.attention", "sdpa"]),
         (["search", "debug", "--needles.text", '["/no/such/*.txt"]'], ["text", "/no/such/*.txt"]),
@@ -189,3 +196,21 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_pat
     assert "not monotone" in result.stderr
     assert len(body["nll_per_sample"]) == 2
     assert body["ppl"] > 1
+
+
+def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_the_same(tmp_path):
+    trained, run_dir = [1 + 3 * i / 31 for i in range(32)], str(tmp_path / "run")
+    result = run_command(
+        "search", "debug", "--run-dir", run_dir, "--search.preset", "longrope", "--search.target-length", "128",
+        "--search.starts", json.dumps(["unscaled", trained]), "--search.tail-bounds", "[1, 4]", "--search.start-tokens",
+        "[8]", "--search.population-size", "4", "--search.iterations", "0", "--report.methods", '["unscaled", "longrope2"]',
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "The first 8 positions keep the original RoPE." in result.stdout
+    winner = json.loads((tmp_path / "run" / "winner.json").read_text())
+    assert (winner["start_tokens"], winner["target_length"], winner["original_length"]) == (8, 128, 256)
+    winner_file = f"{run_dir}/winner.json"
+    again = run_command("score", "debug", "--report.lengths", "[128]", "--factors", winner_file, "--json")
+    assert again.returncode == 0, again.stderr[-2000:]
+    reported = next(row for row in winner["report"] if row["method"] == "longrope2")
+    assert json.loads(again.stdout)["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)

@@ -64,6 +64,7 @@ def is_legal(candidate: Candidate, space: SearchSpace) -> bool:
         and low <= tail[0]
         and tail[-1] <= high
         and space.attention_bounds[0] <= candidate.attention_factor <= space.attention_bounds[1]
+        and candidate.start_tokens in space.start_tokens
     )
 
 
@@ -74,14 +75,15 @@ def test_an_id_is_the_content_and_nothing_else() -> None:
     one = Candidate(3, (1.0, 2.0), 1.0, parent_id="a")
     assert one.id == Candidate(3, (1.0, 2.0), 1.0, parent_id="b").id
     others = [Candidate(4, (1.0, 2.0)), Candidate(3, (1.0, 2.0000000000000004)), Candidate(3, (1.0, 2.0), 1.1)]
-    assert len({one.id, *(c.id for c in others)}) == 4
+    others += [Candidate(3, (1.0, 2.0), start_tokens=1), Candidate(3, (1.0, 2.0), start_tokens=2)]
+    assert len({one.id, *(c.id for c in others)}) == 6
     assert len(one.id) == 12
 
 
 def test_the_factors_of_a_candidate_have_the_derived_head() -> None:
-    factors = Candidate(2, (4.0, 5.0), 1.1).factors
+    factors = Candidate(2, (4.0, 5.0), 1.1, start_tokens=8).factors
     np.testing.assert_allclose(factors.values, [1, 2, 4, 5])
-    assert (factors.critical_dim, factors.attention_factor) == (2, 1.1)
+    assert (factors.critical_dim, factors.attention_factor, factors.start_tokens) == (2, 1.1, 8)
 
 
 def test_the_default_space_is_the_papers() -> None:
@@ -112,9 +114,64 @@ def test_searching_all_dimensions_starts_from_the_published_methods() -> None:
     first = evolution(preset="longrope").ask()[:3]
     for candidate, method in zip(first, ("pi", "ntk", "yarn"), strict=True):
         published = baseline(method, GEOMETRY, int(GEOMETRY.original_length * RATIO)).values
-        assert list(candidate.tail) == np.clip(published, 1, 2 * RATIO).tolist()  # NTK ends above the space
-    with pytest.raises(ValueError, match=r"^search.population_size: expected at least 3, PI, NTK and YaRN, got 2"):
+        assert list(candidate.tail) == np.clip(published, 1, 1.25 * RATIO).tolist()  # NTK ends above the space
+        assert candidate.start_tokens == 0
+    with pytest.raises(
+        ValueError, match=r"^search.population_size: expected at least 3, one .* \(search.starts\), got 2"
+    ):
         evolution(preset="longrope", population_size=2, top_k=2)
+
+
+def test_a_search_may_start_from_any_vector_made_non_decreasing_inside_the_space() -> None:
+    mine = [1.0, 3.0, 2.0, *[4.0] * 12, 99.0]
+    first = evolution(dimensions="all", starts=["llama3", mine]).ask()[:2]
+    assert first[0].tail == tuple(baseline("llama3", GEOMETRY, TARGET_LENGTH).values)
+    assert first[1].tail == (1.0, 3.0, 3.0, *[4.0] * 12, 2 * RATIO)
+    with pytest.raises(ValueError, match=r"^search.starts: expected 16 numbers.*got 3"):
+        evolution(dimensions="all", starts=[[1.0, 2.0, 3.0]])
+    with pytest.raises(
+        ValueError, match=r"^search.starts: expected unscaled, pi.* or a list of factors, got 'ntk-rcd'"
+    ):
+        evolution(dimensions="all", starts=["ntk-rcd"])
+    with pytest.raises(ValueError, match="starts: expected none unless dimensions = 'all'"):
+        evolution(starts=["pi"])
+
+
+def test_an_extended_models_short_window_is_searched_from_its_own_vector() -> None:
+    trained = np.linspace(1, 8, 16).tolist()
+    short = evolution(dimensions="all", target_length=128, tail_bounds=(1, 8), starts=["unscaled", trained])
+    assert short.space.tail_bounds == (1.0, 8.0), "the ratio is never below 1"
+    assert [c.tail for c in short.ask()[:2]] == [(1.0,) * 16, tuple(trained)]
+
+
+def test_start_tokens_are_one_more_gene_where_there_is_a_choice() -> None:
+    choices = [0, 1, 4, 16]
+    for mutation, crossover in (("push", "none"), ("push", "blend"), ("random", "none")):
+        search = evolution(dimensions="all", start_tokens=choices, mutation=mutation, crossover=crossover, iterations=5)
+        born = [c.start_tokens for c in search.ask()]
+        assert born[:3] == [0, 0, 0]
+        while not search.finished:
+            born += [c.start_tokens for c in search.ask()]
+            search.tell(totals_of(search.ask()))
+        assert set(born) == set(choices)
+    assert {c.start_tokens for c in evolution(start_tokens=[8]).ask()} == {8}
+
+
+def test_one_choice_of_start_tokens_leaves_the_random_stream_as_it_was() -> None:
+    plain, fixed = evolution(), evolution(start_tokens=[8])
+    assert [c.tail for c in plain.ask()] == [c.tail for c in fixed.ask()]
+
+
+@pytest.mark.parametrize(
+    ("start_tokens", "message"),
+    [
+        ([0, 257], "start_tokens: expected at most the original length 256, got 257"),
+        ([1, 1], "expected different numbers"),
+    ],
+)
+def test_start_tokens_that_cannot_be_are_refused(start_tokens: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evolution(start_tokens=start_tokens)
 
 
 @pytest.mark.parametrize("dims", [(1, 16), (16, 20), (3, 100)])
@@ -269,6 +326,7 @@ OPERATORS = st.fixed_dictionaries(
         "crossover": st.sampled_from(["none", *CROSSOVERS]),
         "dimensions": st.sampled_from(["tail", "all"]),
         "attention_factor": st.sampled_from([1.0, "su", "yarn", "search"]),
+        "start_tokens": st.sampled_from([[0], [0, 2, 8]]),
         "shift_probability": st.sampled_from([0.0, 0.5, 1.0]),
         "niche_size": st.integers(0, 2),
         "initial": st.sampled_from(["mutants", "uniform", "steps"]),

@@ -77,7 +77,7 @@ def test_the_wrong_length_is_refused_with_both_lengths() -> None:
     ("text", "attention", "critical_dim"),
     [
         ("[1, 2.5]", 1.0, None),
-        ('{"factors": [1, 2.5], "attention_factor": 1.25, "critical_dim": 1}', 1.25, 1),
+        ('{"factors": [1, 2.5], "attention_factor": 1.25, "critical_dim": 1, "start_tokens": 0}', 1.25, 1),
         ('{"rope_scaling": {"rope_type": "longrope", "long_factor": [1, 2.5], "short_factor": [1, 1]}}', 1.0, None),
         ('{"rope_scaling": null, "rope_parameters": {"long_factor": [1, 2.5], "attention_factor": 1.5}}', 1.5, None),
         ('{"rope_parameters": {"long_factor": [1, 2.5], "attention_factor": null}}', 1.0, None),
@@ -88,6 +88,13 @@ def test_every_kind_of_file_gives_the_vector(text: str, attention: float, critic
     factors = factors_from_json(text, "file.json")
     assert factors.values.tolist() == [1.0, 2.5]
     assert (factors.attention_factor, factors.critical_dim, factors.source) == (attention, critical_dim, "file.json")
+
+
+def test_start_tokens_are_read_where_a_file_has_them() -> None:
+    assert factors_from_json('{"factors": [1, 2.5], "start_tokens": 8}', "winner.json").start_tokens == 8
+    assert factors_from_json("[1, 2.5]", "list.json").start_tokens == 0
+    with pytest.raises(ValueError, match=r"^start_tokens: expected a number of positions, 0 or more, got -1$"):
+        RescaleFactors(np.ones(2), start_tokens=-1)
 
 
 @settings(deadline=None)

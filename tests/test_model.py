@@ -125,6 +125,41 @@ def test_restore_gives_the_bits_back(family: str, input_ids: torch.Tensor) -> No
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_positions_may_keep_the_original_angles(family: str, input_ids: torch.Tensor) -> None:
+    model = tiny_model(tiny_config(family))
+    spec = spec_of(model)
+    rope, factors, length = PinnedRope(model, spec), some_factors(spec.rotary_dim // 2), input_ids.shape[1]
+    with torch.inference_mode():
+
+        def logits(values: np.ndarray, start_tokens: int) -> torch.Tensor:
+            with rope.pinned(values, ATTENTION_FACTOR, start_tokens):
+                return model(input_ids=input_ids, use_cache=False).logits
+
+        original, rescaled = logits(np.ones_like(factors), 0), logits(factors, 0)
+        some, all_of_them = logits(factors, 5), logits(factors, length)
+        torch.testing.assert_close(some[:, :5], original[:, :5], atol=1e-4, rtol=1e-4)
+        assert (some[:, 5:] - rescaled[:, 5:]).abs().max() > 1e-3, "later positions see the first ones elsewhere"
+        torch.testing.assert_close(all_of_them, original, atol=1e-4, rtol=1e-4)
+        assert torch.equal(logits(factors, 0), rescaled), "nothing is left behind"
+
+
+def test_start_tokens_count_positions_not_places_in_the_batch() -> None:
+    model = tiny_model(tiny_config("llama"))
+    rotary, spec, factors = rotary_of(model), spec_of(model), some_factors(8)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])  # two documents
+    x = torch.zeros(1, 8, 1)
+    rope = PinnedRope(model, spec)
+    original = rotary(x, positions)
+    with rope.pinned(factors, 1.0):
+        rescaled = rotary(x, position_ids=positions)
+    with rope.pinned(factors, 1.0, 2):
+        found = rotary(x, position_ids=positions)
+    kept = (positions < 2)[..., None]
+    for table, old, new in zip(found, original, rescaled, strict=True):
+        assert torch.equal(table, torch.where(kept, old, new))
+
+
 def test_pinned_restores_after_an_error() -> None:
     model = tiny_model(tiny_config("llama"))
     spec = spec_of(model)

@@ -52,7 +52,7 @@ class ToyScorer:
             return False
         return True
 
-    def score(self, needle_set: str, sample: int, values, attention_factor: float):
+    def score(self, needle_set: str, sample: int, values, attention_factor: float, start_tokens: int):
         first_time = self._first(f"{needle_set}-{sample}")
         if needle_set == "raises-once" and first_time:
             raise OSError("a disk hiccup")

@@ -134,7 +134,13 @@ def test_mid_search(tmp_path):
 def test_without_geometry_ledger_and_critical_dimension(tmp_path):
     run_dir = RunDir(str(tmp_path))
     run_dir.open({}, {}, {}, {})
-    candidate = {"id": "a", "critical_dim": 0, "tail": [1.0] * 8 + [8.0] * 24, "attention_factor": 1.0}
+    candidate = {
+        "id": "a",
+        "critical_dim": 0,
+        "tail": [1.0] * 8 + [8.0] * 24,
+        "attention_factor": 1.0,
+        "start_tokens": 0,
+    }
     survivors = [{**candidate, "nll_sum": 1.0, "ppl": 1.15}]
     run_dir.write_generation(0, {"index": 0, "candidates": [candidate], "survivors": survivors})
     assert "every dimension was searched" in check_files(run_dir, write_report(run_dir))
@@ -174,7 +180,8 @@ def test_format_table_marks_the_best_of_each_block(finished):
 def test_format_table_without_finite_numbers(finished):
     _, winner = finished
     rows = [{**row, "ppl": None} for row in winner["report"]]
-    table = format_table({**winner, "critical_dim": 0, "report": rows})
+    table = format_table({**winner, "critical_dim": 0, "start_tokens": 8, "report": rows})
+    assert "The first 8 positions keep the original RoPE." in table
     assert "not finite" in table
     assert "every dimension was searched" in table
     assert not any(line.startswith("*") for line in table.splitlines())
@@ -201,7 +208,9 @@ def test_pause_between_attempts_is_not_idle_time(tmp_path):
             for n, id in enumerate(ids)
             for s in range(NUM_SAMPLES)
         )
-        candidates = [{"id": id, "critical_dim": 12, "tail": [8.0] * 20, "attention_factor": 1.0} for id in ids]
+        candidates = [
+            {"id": id, "critical_dim": 12, "tail": [8.0] * 20, "attention_factor": 1.0, "start_tokens": 0} for id in ids
+        ]
         survivors = [{**c, "nll_sum": 5.0, "ppl": 1.15} for c in candidates]
         run_dir.write_generation(index, {"index": index, "candidates": candidates, "survivors": survivors})
     assert load_run(run_dir).busy_share == pytest.approx(1.0)

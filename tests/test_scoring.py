@@ -28,9 +28,9 @@ def test_score_equals_the_plain_forward(family: str) -> None:
     scorer = NeedleScorer(model, spec, mlp_chunk_tokens=33)
     assert scorer.trimmed, "every family here can be trimmed"
     factors, sample = some_factors(spec.rotary_dim // 2), random_sample(LENGTH)
-    for values, attention_factor in ((ones(spec), 1.0), (factors, 1.17)):
-        score = scorer.score(sample, values, attention_factor)
-        with PinnedRope(model, spec).pinned(values, attention_factor):
+    for vector in ((ones(spec), 1.0, 0), (factors, 1.17, 6), (factors, 1.17, 0)):
+        score = scorer.score(sample, *vector)
+        with PinnedRope(model, spec).pinned(*vector):
             expected = plain_loss(model, sample)
         assert score.num_tokens == 7
         assert score.nll_sum / score.num_tokens == pytest.approx(expected, abs=1e-4)

@@ -57,6 +57,7 @@ def test_the_winner_is_the_same_bytes_for_any_number_of_scorers_and_order(
         {"dimensions": "all"},
         {"mutation": "local", "crossover": "blend", "shift_probability": 0.5},
         {"preset": "authors"},
+        {"preset": "longrope", "top_k": 4},
     ],
     ids=str,
 )
@@ -187,7 +188,8 @@ def test_the_winner_is_the_best_of_everything_that_was_asked() -> None:
     totals: dict[str, float] = {}
     for generation in run_dir.generations():
         for body in generation["candidates"]:
-            candidate = Candidate(body["critical_dim"], tuple(body["tail"]), body["attention_factor"])
+            numbers = tuple(body["tail"]), body["attention_factor"]
+            candidate = Candidate(body["critical_dim"], *numbers, start_tokens=body["start_tokens"])
             units = [Unit(candidate.id, SEARCH_SET, sample, candidate.factors) for sample in range(NUM_SAMPLES)]
             totals[body["id"]] = math.fsum(toy_nll(unit) for unit in units)
     assert winner["candidate"]["id"] == min(totals, key=lambda id: (totals[id], id))

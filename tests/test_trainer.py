@@ -234,6 +234,7 @@ def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir:
         ({}, False, "run longrope2 data first"),
         ({"factors": "winner"}, True, r"train\.factors.*longrope2 search first"),
         ({"factors": "nothing.json"}, True, r"train\.factors.*nothing\.json"),
+        ({"factors": "start.json"}, True, r"train\.factors.*keeps the original RoPE at the first 8 positions"),
         ({"global_batch_size": 9}, True, r"train\.global_batch_size: expected at most the 8 segments"),
         ({"sequence_parallel": 5}, True, r"train\.sequence_parallel"),
     ],
@@ -244,6 +245,10 @@ def test_mistakes_are_named_before_anything_is_loaded(
     run_dir = RunDir(str(tmp_path))
     if data:
         write_data(run_dir)
+    if train.get("factors") == "start.json":
+        vector = {"factors": [1.0] * read_spec(model_dir).geometry.num_cosines, "start_tokens": 8}
+        train["factors"] = str(tmp_path / "start.json")
+        Path(train["factors"]).write_text(json.dumps(vector))
     with pytest.raises(ValueError, match=message):
         prepare_training(recipe_of(model_dir, **train), run_dir)
     assert not (tmp_path / "train" / "run.json").exists()

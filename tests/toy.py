@@ -40,7 +40,8 @@ def toy_nll(unit: Unit) -> float:
     ideal = np.concatenate([np.geomspace(1, 5, 5), np.linspace(5, 7, 11)])
     weights = np.random.default_rng(unit.sample).random(len(ideal)) * (1 + unit.sample)
     gap = np.log(unit.factors.values / ideal) ** 2
-    return float(weights @ gap) + (unit.factors.attention_factor - 1.1) ** 2
+    start = 0.01 * math.sin(unit.factors.start_tokens) ** 2
+    return float(weights @ gap) + (unit.factors.attention_factor - 1.1) ** 2 + start
 
 
 class KilledError(Exception):

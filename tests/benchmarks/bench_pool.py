@@ -33,7 +33,9 @@ class SleepingScorer:
     def ready(self) -> None:
         pass
 
-    def score(self, needle_set: str, sample: int, values, attention_factor: float) -> tuple[float, int, bool, float]:
+    def score(
+        self, needle_set: str, sample: int, values, attention_factor: float, start_tokens: int
+    ) -> tuple[float, int, bool, float]:
         began = time.perf_counter()
         time.sleep(self.seconds)
         return float(values[-1]) + sample, 8, True, time.perf_counter() - began

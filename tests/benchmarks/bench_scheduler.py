@@ -210,7 +210,7 @@ class SleepingScorers:
         pass
 
     async def score(
-        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float
+        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float, start_tokens: int
     ) -> tuple[float, int, bool, float]:
         began, vector = time.time(), np.array(values)
         key = (vector.tobytes(), needle_set, sample)

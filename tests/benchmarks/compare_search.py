@@ -25,7 +25,11 @@ VARIANTS: dict[str, dict] = {
     "random": {"preset": "random"},
     "paper": {"preset": "paper"},
     "authors": {"preset": "authors"},
-    "longrope": {"preset": "longrope"},
+    "longrope": {"preset": "longrope", "tail_bounds": (1.0, 1.25)},
+    "longrope, no start tokens": {"preset": "longrope", "tail_bounds": (1.0, 1.25), "start_tokens": [0]},
+    "longrope, up to 2 ratio": {"preset": "longrope"},
+    "longrope, up to 2 ratio, no start tokens": {"preset": "longrope", "start_tokens": [0]},
+    "start tokens": {"start_tokens": [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256]},
     "mutants": {"initial": "mutants"},
     "steps": {"initial": "steps"},
     "steps, immigrants 0.2": {"initial": "steps", "immigrants": 0.2},
@@ -82,7 +86,7 @@ class Runner:
             race = Race(dims, list(vectors), {c.id: nll[c.id] for c in generation.survivors}, len(samples), settings)
             while not race.finished and spent < units and (unit := race.next_unit()):
                 id, sample = unit
-                result = self.scorer.score(samples[sample], vectors[id].factors.values, vectors[id].attention_factor)
+                result = self.score(samples[sample], vectors[id].factors)
                 nll.setdefault(id, {})[sample] = result.nll_sum
                 race.add(id, sample, result.nll_sum)
                 spent += 1
@@ -94,9 +98,7 @@ class Runner:
                 evolution.tell(race.totals)
         tokens = self.prepared.num_tokens[SEARCH_SET]
         name = report_set(base.target_length)
-        held = [
-            self.scorer.score(s, best.factors.values, best.attention_factor) for s in self.prepared.needle_sets[name]
-        ]
+        held = [self.score(sample, best.factors) for sample in self.prepared.needle_sets[name]]
         return {
             "variant": variant,
             "seed": seed,
@@ -106,9 +108,13 @@ class Runner:
             "accuracy": sum(h.correct for h in held) / len(held),
             "critical_dim": best.critical_dim,
             "attention_factor": round(best.attention_factor, 4),
+            "start_tokens": best.start_tokens,
             "generations": evolution.generation.index,
             "seconds": round(time.monotonic() - began, 1),
         }
+
+    def score(self, sample, vector):
+        return self.scorer.score(sample, vector.values, vector.attention_factor, vector.start_tokens)
 
 
 def main() -> None:
