@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_scheduler.py ray   --scorers 8 64 256 --racing exact off
     python tests/benchmarks/bench_scheduler.py model --scorers 8 64 256 512 4096 --racing exact off --driver-ms 2
+    python tests/benchmarks/bench_scheduler.py floor --scorers 64     # what Ray alone takes: a call and its answer
 
 Both drive the real search: race, evolution, ledger. ``ray`` adds the real pool on a real Ray, with scorers that sleep:
 one asynchronous actor stands for all of them, since hundreds of processes do not fit a small machine. ``model`` replaces
@@ -24,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -248,6 +250,34 @@ def on_ray(args: argparse.Namespace) -> None:
         table(args, one)
 
 
+def floor(args: argparse.Namespace, duration: float = 40.0) -> None:
+    import ray
+
+    from longrope2_ray import driver
+
+    values = IDEAL.tolist()
+    with driver.ray_session():
+        for scorers in args.scorers:
+            actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
+            answers: SimpleQueue[Any] = SimpleQueue()
+
+            def ask(number: int, actor: Any = actor, answers: SimpleQueue[Any] = answers) -> None:
+                answer = actor.score.remote(SEARCH_SET, number % NUM_SAMPLES, values, 1.0, 0).future()
+                answer.add_done_callback(answers.put)
+
+            for number in range(2 * scorers):
+                if number >= scorers:
+                    answers.get()
+                ask(number)
+            units, began, used = 0, time.monotonic(), time.process_time()
+            while time.monotonic() - began < duration:
+                answers.get()
+                ask(units)
+                units += 1
+            seconds, used = time.monotonic() - began, time.process_time() - used
+            print(f"{scorers} calls open, {units / seconds:.1f} units/s: {1000 * used / units:.2f} ms of CPU a unit")
+
+
 # --- as a model
 
 
@@ -304,7 +334,7 @@ def as_model(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["ray", "model"])
+    parser.add_argument("kind", choices=["ray", "model", "floor"])
     parser.add_argument("--scorers", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--children", type=int, nargs="+", default=[64], help="candidates of a generation")
     parser.add_argument("--racing", nargs="+", default=["exact", "off"], choices=["exact", "statistical", "off"])
@@ -313,7 +343,7 @@ def main() -> None:
     parser.add_argument("--driver-ms", type=float, default=2.0, help="time that the driver takes for a unit (model)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    on_ray(args) if args.kind == "ray" else as_model(args)
+    {"ray": on_ray, "model": as_model, "floor": floor}[args.kind](args)
 
 
 if __name__ == "__main__":
