@@ -123,7 +123,7 @@ class SearchSpace:
         top = max(su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio))
         fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
         # [ours] a searched temperature may go twice as far from one as the strongest published rule
-        attention = (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
+        attention = search.attention_bounds or (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
         return cls(geometry.num_cosines, dims, (low, high), attention, starts, tuple(search.start_tokens))
 
 

@@ -135,6 +135,11 @@ class SearchSection(Section):
     attention_factor: AttentionFactor = Field(
         1.0, description="Temperature during the search: a number, su, yarn, or search to find it with the factors."
     )
+    attention_bounds: tuple[float, float] | None = Field(
+        None,
+        description="Lowest and highest attention factor, where it is searched; from 1 to twice as far from 1 as the higher "
+        "one of su and yarn unless given.",
+    )
     racing: Literal["exact", "statistical", "off"] = Field(
         "exact",
         description="Stop hopeless candidates: provably (exact), or by a paired test that can err (statistical).",
@@ -171,6 +176,14 @@ class SearchSection(Section):
             raise ValueError(f"start_tokens: expected different numbers, got {self.start_tokens}")
         if not isinstance(self.attention_factor, str) and self.attention_factor <= 0:
             raise ValueError(f"attention_factor: expected a positive number, got {self.attention_factor}")
+        if self.attention_bounds is not None:
+            low, high = self.attention_bounds
+            if not 0 < low <= high:
+                raise ValueError(f"attention_bounds: expected 0 < low <= high, got {low}, {high}")
+            if self.attention_factor != "search":
+                raise ValueError(
+                    f"attention_bounds: expected attention_factor = 'search' beside it, got {self.attention_factor!r}"
+                )
         return self
 
 

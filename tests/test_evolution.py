@@ -101,6 +101,8 @@ def test_the_space_follows_the_recipe() -> None:
     strongest = max(su_attention_factor(RATIO, GEOMETRY.original_length), yarn_attention_factor(RATIO))
     assert space.attention_bounds[0] == 1.0
     assert space.attention_bounds[1] > strongest
+    space = SearchSpace.from_recipe(GEOMETRY, section(attention_factor="search", attention_bounds=(1.1, 1.4)))
+    assert space.attention_bounds == (1.1, 1.4)
 
 
 def test_all_dimensions_are_one_tail_from_one_on() -> None:
@@ -464,8 +466,9 @@ def test_a_population_smaller_than_the_critical_dims_is_refused() -> None:
     assert len(evolution(population_size=5).ask()) == 5
 
 
-def test_a_searched_attention_factor_moves_and_stays_in_bounds() -> None:
-    search = evolution(attention_factor="search", iterations=10)
+@pytest.mark.parametrize("bounds", [None, (1.2, 1.6)])
+def test_a_searched_attention_factor_moves_and_stays_in_bounds(bounds: tuple[float, float] | None) -> None:
+    search = evolution(attention_factor="search", attention_bounds=bounds, iterations=10)
     low, high = search.space.attention_bounds
     values = set()
     while not search.finished:

@@ -78,6 +78,17 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         ("attention_factor = -1", "search.attention_factor", "positive number, got -1.0"),
         ("attention_factor = 'sue'", "search.attention_factor", "'sue'"),
         ("attention_factor = nan", "search.attention_factor", "nan"),
+        (
+            "attention_factor = 'search'\nattention_bounds = [1.5, 1]",
+            "search.attention_bounds",
+            "low <= high, got 1.5, 1.0",
+        ),
+        (
+            "attention_factor = 'search'\nattention_bounds = [0, 1]",
+            "search.attention_bounds",
+            "0 < low <= high, got 0.0",
+        ),
+        ("attention_bounds = [1, 1.5]", "search.attention_bounds", "attention_factor = 'search' beside it, got 1.0"),
         ("racing = 'statistical'\nniche_size = 2", "search.racing", "niche_size 0"),
         ("preset = 'best'", "search.preset", "'best'"),
         ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),
