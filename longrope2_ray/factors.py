@@ -1,7 +1,7 @@
 """A validated vector of RoPE rescale factors, and the NTK head that LongRoPE2 derives from a searched tail."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,10 +98,10 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
             if values is not None:
                 return RescaleFactors(
                     _numbers(values, source),
-                    attention_factor=float(section.get("attention_factor") or 1.0),
+                    attention_factor=_number(section, "attention_factor", 1.0, source),
                     critical_dim=section.get("critical_dim"),
                     source=source,
-                    start_tokens=int(section.get("start_tokens") or 0),
+                    start_tokens=int(_number(section, "start_tokens", 0.0, source, whole=True)),
                 )
     raise ValueError(
         f"--factors: expected a JSON list of numbers, a winner.json or an HF config with long_factor in {source}"
@@ -113,3 +113,14 @@ def _numbers(values: Any, source: str) -> np.ndarray:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--factors: expected numbers in {source}, got {error}") from error
+
+
+def _number(section: Mapping[str, Any], key: str, default: float, source: str, *, whole: bool = False) -> float:
+    value = section.get(key)
+    try:
+        number = default if value is None else float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (whole and not number.is_integer()):
+        raise ValueError(f"--factors: expected a {'whole ' * whole}number as {key} in {source}, got {value!r}")
+    return number

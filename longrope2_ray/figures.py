@@ -40,6 +40,12 @@ DPI = 220
 MAX_BOXES = 12  # scorers that get a box each; more share a histogram
 NOT_YET = "no generation has been closed yet"
 
+
+def found_label(critical_dim: int) -> str:
+    """Name of what a search found: without a critical dimension (0) it searched every dimension, as LongRoPE did."""
+    return STYLES["longrope2"][0] if critical_dim else "LongRoPE"
+
+
 # --- what a run directory tells
 
 
@@ -245,8 +251,8 @@ def draw_factors(run: RunData) -> "Figure":
     drawn = [np.ones(1)]
     if run.best:
         survivors = np.array([assemble(c["critical_dim"], c["tail"]) for c in run.generations[-1].survivors])
-        label, colour, _ = STYLES["longrope2"]
-        label += "" if run.winner else ", best so far"
+        colour = STYLES["longrope2"][1]
+        label = found_label(run.best["critical_dim"]) + ("" if run.winner else ", best so far")
         ax.plot(survivors[0], color=colour, linewidth=2, marker="o", markersize=3, label=label, zorder=5)
         low, high, dims = survivors.min(0), survivors.max(0), np.arange(survivors.shape[1])
         ax.fill_between(dims, low, high, color=colour, alpha=0.15, linewidth=0, label="all survivors")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longrope2_ray.factors import assemble
 from longrope2_ray.figures import (
@@ -24,13 +24,11 @@ from longrope2_ray.figures import (
     RunData,
     draw_factors,
     draw_message,
+    found_label,
     load_run,
 )
 from longrope2_ray.rundir import RunDir
 from longrope2_ray.search import Status
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("longrope2")
 
@@ -53,15 +51,16 @@ class Block:
 
 def _blocks(winner: Mapping[str, Any]) -> Iterator[Block]:
     target, original = winner["target_length"], winner["original_length"]
+    found = found_label(winner["critical_dim"])
     for length, factor in dict.fromkeys((row["length"], row["compared_at"]) for row in winner["report"]):
         rows = [row for row in winner["report"] if (row["length"], row["compared_at"]) == (length, factor)]
         title = f"{length} tokens ({length / original:g} x L0), compared at attention factor {factor:.3f}"
         if length > target:
-            title += f"; baselines at ratio {length / original:g}, LongRoPE2 at {target / original:g}"
+            title += f"; baselines at ratio {length / original:g}, {found} at {target / original:g}"
         cells = [
             (
-                STYLES[row["method"]][0],
-                "-" if row["critical_dim"] is None else str(row["critical_dim"]),
+                found if row["method"] == "longrope2" else STYLES[row["method"]][0],
+                str(row["critical_dim"] or "-"),
                 f"{row['attention_factor']:.3f}",
                 _number(row["ppl"]),
                 f"{row['accuracy']:.0%}",

@@ -97,6 +97,17 @@ def test_start_tokens_are_read_where_a_file_has_them() -> None:
         RescaleFactors(np.ones(2), start_tokens=-1)
 
 
+@pytest.mark.parametrize("value", ['"hot"', "[1]", "[1, 2]", "{}"])
+def test_a_number_beside_the_vector_that_is_none_is_named(value: str) -> None:
+    with pytest.raises(ValueError, match=r"^--factors: expected a number as attention_factor in file.json, got "):
+        factors_from_json(f'{{"factors": [1, 2.5], "attention_factor": {value}}}', "file.json")
+    with pytest.raises(ValueError, match=r"^--factors: expected a whole number as start_tokens in file.json, got "):
+        factors_from_json(f'{{"factors": [1, 2.5], "start_tokens": {value}}}', "file.json")
+    for part in ("2.5", "NaN", "Infinity"):
+        with pytest.raises(ValueError, match=f"a whole number as start_tokens in file.json, got {part[:3].lower()}"):
+            factors_from_json(f'{{"factors": [1, 2.5], "start_tokens": {part}}}', "file.json")
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=128))
 def test_a_written_vector_is_read_back_bit_by_bit(values: list[float]) -> None:

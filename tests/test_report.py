@@ -184,6 +184,9 @@ def test_format_table_without_finite_numbers(finished):
     assert "The first 8 positions keep the original RoPE." in table
     assert "not finite" in table
     assert "every dimension was searched" in table
+    assert "LongRoPE2" not in table  # a search over every dimension is the first paper's
+    assert "  LongRoPE  " in table
+    assert "  LongRoPE2  " in format_table({**winner, "report": rows})
     assert not any(line.startswith("*") for line in table.splitlines())
 
 
