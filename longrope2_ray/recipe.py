@@ -137,7 +137,7 @@ class SearchSection(Section):
     )
     attention_bounds: tuple[float, float] | None = Field(
         None,
-        description="Lowest and highest attention factor, where it is searched; from 1 to twice as far from 1 as the higher "
+        description="Lowest and highest attention factor where it is searched; from 1 to twice as far from 1 as the higher "
         "one of su and yarn unless given.",
     )
     racing: Literal["exact", "statistical", "off"] = Field(
@@ -180,10 +180,6 @@ class SearchSection(Section):
             low, high = self.attention_bounds
             if not 0 < low <= high:
                 raise ValueError(f"attention_bounds: expected 0 < low <= high, got {low}, {high}")
-            if self.attention_factor != "search":
-                raise ValueError(
-                    f"attention_bounds: expected attention_factor = 'search' beside it, got {self.attention_factor!r}"
-                )
         return self
 
 

@@ -103,6 +103,8 @@ def test_the_space_follows_the_recipe() -> None:
     assert space.attention_bounds[1] > strongest
     space = SearchSpace.from_recipe(GEOMETRY, section(attention_factor="search", attention_bounds=(1.1, 1.4)))
     assert space.attention_bounds == (1.1, 1.4)
+    space = SearchSpace.from_recipe(GEOMETRY, section(attention_factor=1.2, attention_bounds=(1.3, 1.4)))
+    assert space.fixed_attention == 1.2  # a number on the command line wins over the recipe's bounds
 
 
 def test_all_dimensions_are_one_tail_from_one_on() -> None:

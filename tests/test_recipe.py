@@ -88,7 +88,6 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
             "search.attention_bounds",
             "0 < low <= high, got 0.0",
         ),
-        ("attention_bounds = [1, 1.5]", "search.attention_bounds", "attention_factor = 'search' beside it, got 1.0"),
         ("racing = 'statistical'\nniche_size = 2", "search.racing", "niche_size 0"),
         ("preset = 'best'", "search.preset", "'best'"),
         ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict] = {
     "longrope, up to 2 ratio": {"preset": "longrope"},
     "longrope, up to 2 ratio, no start tokens": {"preset": "longrope", "start_tokens": [0]},
     "start tokens": {"start_tokens": [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256]},
+    "attention": {"attention_factor": "search", "attention_bounds": (1.0, 1.4)},
     "mutants": {"initial": "mutants"},
     "steps": {"initial": "steps"},
     "steps, immigrants 0.2": {"initial": "steps", "immigrants": 0.2},
