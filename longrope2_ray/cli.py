@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--set", choices=("search", "report"), default="report", help="which needles (held-out: report)")
     score.add_argument("--attention-factor", help="a number, su or yarn (default: the vector's own)")
-    score.add_argument("--json", action="store_true")
+    score.add_argument("--json", action="store_true", help="one JSON object for each needle set, a line each")
 
     data = command("data", _data, "Make training data: tokenise, choose and pack documents; run again to resume.")
     data.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
@@ -281,18 +281,19 @@ def _score(arguments: argparse.Namespace) -> None:
         setting = SearchSection(target_length=length, attention_factor=_number(arguments.attention_factor))
         temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
         vector = replace(vector, attention_factor=temperature)
-    needle_set = SEARCH_SET if arguments.set == "search" else report_set((recipe.report.lengths or [length])[0])
+    lengths = recipe.report.lengths or [length]
+    needle_sets = [SEARCH_SET] if arguments.set == "search" else list(dict.fromkeys(map(report_set, lengths)))
     with driver.ray_session():
-        result = driver.score_vector(prepared, vector, needle_set)
-    result = {"factors": arguments.factors, "needle_set": needle_set, "attention_factor": vector.attention_factor,
-              "monotone": vector.monotone, **result}  # fmt: skip
-    if arguments.json:
-        print(json.dumps(result, indent=1))
-        return
-    print(f"{arguments.factors} on {needle_set}, attention factor {vector.attention_factor:.4g}: needle perplexity "
-          f"{result['ppl']:.4g}, accuracy {result['accuracy']:.0%}")  # fmt: skip
-    for sample, nll in enumerate(result["nll_per_sample"]):
-        print(f"  sample {sample}: NLL {nll:.4f}")
+        results = driver.score_vector(prepared, vector, needle_sets)
+    for needle_set, result in results.items():
+        if arguments.json:
+            print(json.dumps({"factors": arguments.factors, "needle_set": needle_set,
+                              "attention_factor": vector.attention_factor, "monotone": vector.monotone, **result}))  # fmt: skip
+            continue
+        print(f"{arguments.factors} on {needle_set}, attention factor {vector.attention_factor:.4g}: needle perplexity "
+              f"{result['ppl']:.4g}, accuracy {result['accuracy']:.0%}")  # fmt: skip
+        for sample, nll in enumerate(result["nll_per_sample"]):
+            print(f"  sample {sample}: NLL {nll:.4f}")
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -227,15 +227,15 @@ def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer
         return run.run()
 
 
-def score_vector(prepared: Prepared, vector: RescaleFactors, needle_set: str) -> dict[str, Any]:
-    """Needle perplexity, accuracy and NLL by sample of one vector on one needle set."""
-    scores: dict[int, Score] = {}
-    count = len(prepared.needle_sets[needle_set])
+def score_vector(prepared: Prepared, vector: RescaleFactors, needle_sets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Needle set -> needle perplexity, accuracy and NLL by sample of one vector."""
+    scores: dict[tuple[str, int], Score] = {}
+    keys = [(name, sample) for name in needle_sets for sample in range(len(prepared.needle_sets[name]))]
     with scorer_pool(prepared) as pool:
-        for sample in range(count):
-            pool.submit(Unit("vector", needle_set, sample, vector))
-        while len(scores) < count:
-            scores.update({score.sample: score for score in pool.wait()})
-            print(f"\rscored {len(scores)} of {count}", end="", file=sys.stderr, flush=True)
+        for name, sample in keys:
+            pool.submit(Unit("vector", name, sample, vector))
+        while len(scores) < len(keys):
+            scores.update({(score.needle_set, score.sample): score for score in pool.wait()})
+            print(f"\rscored {len(scores)} of {len(keys)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return summarize([scores[sample] for sample in range(count)])
+    return {name: summarize([scores[key] for key in keys if key[0] == name]) for name in needle_sets}

@@ -210,7 +210,10 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
     winner = json.loads((tmp_path / "run" / "winner.json").read_text())
     assert (winner["start_tokens"], winner["target_length"], winner["original_length"]) == (8, 128, 256)
     winner_file = f"{run_dir}/winner.json"
-    again = run_command("score", "debug", "--report.lengths", "[128]", "--factors", winner_file, "--json")
+    again = run_command("score", "debug", "--report.lengths", "[128, 256]", "--factors", winner_file, "--json")
     assert again.returncode == 0, again.stderr[-2000:]
     reported = next(row for row in winner["report"] if row["method"] == "longrope2")
-    assert json.loads(again.stdout)["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)
+    at_128, at_256 = map(json.loads, again.stdout.splitlines())  # every length of the report, in its order
+    assert at_128["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)
+    assert (at_128["needle_set"], at_256["needle_set"]) == ("report@128", "report@256")
+    assert at_256["nll_per_sample"] != at_128["nll_per_sample"]
