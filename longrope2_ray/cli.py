@@ -190,9 +190,7 @@ def _shape(recipe: Recipe) -> Any:
     from longrope2_ray.model import read_spec
 
     model = recipe.model
-    return read_spec(
-        model.path, gguf_file=model.gguf_file, revision=model.revision, original_length=model.original_length
-    )
+    return read_spec(model.path, original_length=model.original_length, **model.reading)
 
 
 def _factors(arguments: argparse.Namespace) -> None:

@@ -97,8 +97,7 @@ def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
     data, model, length = recipe.data, recipe.model, recipe.search.target_length
     if data is None:
         raise ValueError("data: missing; add a [data] section with sources and bands")
-    where = {"gguf_file": model.gguf_file, "revision": model.revision}
-    original = read_spec(model.path, original_length=model.original_length, **where).original_length
+    original = read_spec(model.path, original_length=model.original_length, **model.reading).original_length
     if length <= original:
         raise ValueError(f"search.target_length: expected more than the original length {original}, got {length}")
     windows = windows_of(data.bands, original)
@@ -119,7 +118,7 @@ def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
         settings |= {f"data.sources.{source.name}.{f}": getattr(source, f) for f in ("field", "split", "piece_tokens")}
         packing[f"data.sources.{source.name}.weight"] = source.weight
     packing["data.bands"] = [band.model_dump() for band in data.bands]
-    settings["tokenizer of model.path"] = _tokenizer_fingerprint(load_tokenizer(model.path, **where))
+    settings["tokenizer of model.path"] = _tokenizer_fingerprint(load_tokenizer(model.path, **model.files))
     if "://" not in run_url:
         run_url = str(Path(run_url).resolve())  # workers may stand elsewhere
     files = {name: [url for url, _ in pairs] for name, pairs in found.items()}

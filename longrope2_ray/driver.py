@@ -49,22 +49,17 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         ValueError: with one clear message, before anything expensive.
     """
-    from longrope2_ray.model import check_attention, load_tokenizer, model_fingerprint, read_spec
+    from longrope2_ray.model import check_attention, load_tokenizer, model_fingerprint, read_spec, require_sight
 
     unknown = sorted(set(recipe.report.methods) - set(METHODS))
     if unknown:
         raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    model, where = recipe.model, {"gguf_file": recipe.model.gguf_file, "revision": recipe.model.revision}
+    model, target = recipe.model, recipe.search.target_length
     check_attention(model.attention, model.device)
-    spec = read_spec(model.path, original_length=model.original_length, **where)
-    window = spec.sliding_window
-    if window is not None and window < recipe.search.target_length:
-        log.warning(
-            "every layer of %s sees only %d tokens: a needle farther away cannot be found, whatever the factors",
-            model.path, window,
-        )  # fmt: skip
+    spec = read_spec(model.path, original_length=model.original_length, **model.reading)
+    require_sight(spec, model.path, target)
     Evolution(SearchSpace.from_recipe(spec.geometry, recipe.search), recipe.search)
-    tokenizer: Any = load_tokenizer(model.path, **where)
+    tokenizer: Any = load_tokenizer(model.path, **model.files)
 
     def samples(section: NeedleSection, length: int) -> list[NeedleSample]:
         books = load_books(section.text)
@@ -72,12 +67,11 @@ def prepare(recipe: Recipe) -> Prepared:
             tokenizer, books, length=length, num_samples=section.num_samples, seed=section.seed, depth=section.depth
         )
 
-    target = recipe.search.target_length
     needle_sets = {SEARCH_SET: samples(recipe.needles, target)}
     for length in recipe.report.lengths or [target]:
         needle_sets[report_set(length)] = samples(recipe.report, length)
     fingerprints = {f"needles {name}": needle_fingerprint(s) for name, s in needle_sets.items()}
-    return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **where), **fingerprints})
+    return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **model.files), **fingerprints})
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> bool:

@@ -18,7 +18,7 @@ from longrope2_ray.checkpoint import resolve_model_path
 from longrope2_ray.rope import RopeGeometry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
@@ -90,17 +90,22 @@ class ModelSpec:
 
 
 def read_spec(
-    path: str, gguf_file: str | None = None, revision: str | None = None, original_length: int | None = None
+    path: str,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    original_length: int | None = None,
+    sliding_window: int | None = None,
 ) -> ModelSpec:
     """Read a model's config and build it without weights; refuse by name what cannot be searched.
 
     Args:
         original_length: L0 where the config's ``max_position_embeddings`` is not the pre-trained window.
+        sliding_window: tokens that sliding layers see, where it is not the config's.
 
     Raises:
         ValueError: if the path holds no causal language model with a standard, unscaled rotary module.
     """
-    config = read_config(path, gguf_file, revision)
+    config = read_config(path, gguf_file, revision, sliding_window)
     text = config.get_text_config()
     model = _skeleton(config, path)
     what = f"{path!r} ({type(model).__name__})"
@@ -141,27 +146,47 @@ def read_spec(
     )
 
 
-def read_config(path: str, gguf_file: str | None, revision: str | None) -> "PreTrainedConfig":
+def read_config(
+    path: str, gguf_file: str | None = None, revision: str | None = None, sliding_window: int | None = None
+) -> "PreTrainedConfig":
+    """The model's config, of the base model where it was extended here, with another sliding window if one is given.
+
+    Raises:
+        ValueError: if transformers cannot read it, or there is no window to replace.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     location, gguf = resolve_model_path(path, gguf_file, revision)
     try:
-        return _as_base(AutoConfig.from_pretrained(location, **_where(gguf, revision)))
+        config = _as_base(AutoConfig.from_pretrained(location, **_where(gguf, revision)))
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model.path: expected a model whose config transformers can read, got {path!r}: {reason}"
         ) from error
+    if sliding_window is not None:
+        text = config.get_text_config()
+        if not getattr(text, "sliding_window", None):
+            raise ValueError(
+                f"model.sliding_window: expected a model with sliding layers, got {path!r}, whose config has none"
+            )
+        text.sliding_window = sliding_window
+    return config
 
 
 def _as_base(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """The base model's config of a model that was extended with its original RoPE kept in the short window
-    (``longrope`` whose short factors are all 1, as ``export`` writes it): both windows are pinned from there."""
+    """The base model's config of a model that ``export`` wrote: its factors are pinned from there.
+
+    Told by ``longrope`` with an attention factor of its own (transformers makes one up where there is none) and short
+    factors that are all 1, or those of the long window.
+    """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     inner = rope.get("full_attention", rope)
-    if inner.get("rope_type") == "longrope" and set(inner.get("short_factor") or ()) == {1.0}:
+    short = inner.get("short_factor") or [None]
+    ours = set(short) == {1.0} or short == inner.get("long_factor")
+    if inner.get("rope_type") == "longrope" and inner.get("attention_factor") is not None and ours:
         text.max_position_embeddings = inner["original_max_position_embeddings"]
         kept = {key: value for key, value in inner.items() if key in ("rope_theta", "partial_rotary_factor")}
         base = {**kept, "rope_type": "default"}
@@ -234,6 +259,21 @@ def _window_of_every_layer(text: "PreTrainedConfig") -> int | None:
     return window if window and (layer_types is None or set(layer_types) == {"sliding_attention"}) else None
 
 
+def require_sight(spec: ModelSpec, path: str, target_length: int) -> None:
+    """Refuse a model none of whose layers sees as far as the target: no factors find what is out of sight.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    window = spec.sliding_window
+    if window is not None and window < target_length:
+        raise ValueError(
+            f"model.sliding_window: expected {target_length} tokens (search.target_length) or more in some layer, got a "
+            f"window of {window} in every layer of {path!r}; a needle farther away would be out of sight, whatever the "
+            f"factors. Set it to {target_length} to let every layer see the whole input"
+        )
+
+
 def model_fingerprint(path: str, gguf_file: str | None = None, revision: str | None = None) -> str:
     """Sixteen hex digits that change with the config or the weights.
 
@@ -284,6 +324,19 @@ def load_tokenizer(path: str, gguf_file: str | None = None, revision: str | None
         raise ValueError(f"model.path: expected a tokenizer beside the model, got {path!r}: {reason}") from error
 
 
+def load_generation_config(
+    path: str, gguf_file: str | None = None, revision: str | None = None
+) -> "GenerationConfig | None":
+    """The model's stop tokens and sampling, None where nothing beside the model says any."""
+    from transformers import GenerationConfig
+
+    location, gguf = resolve_model_path(path, gguf_file, revision)
+    try:
+        return None if gguf else GenerationConfig.from_pretrained(location, **_where(None, revision))
+    except OSError:
+        return None
+
+
 def resolve_device(device: str) -> torch.device:
     """``auto`` is the first GPU, or the CPU where there is none.
 
@@ -329,6 +382,7 @@ def load_model(
     attention: str = "sdpa",
     num_gpus: int = 1,
     threads: int | None = None,
+    sliding_window: int | None = None,
 ) -> "PreTrainedModel":
     """Load a causal language model for scoring: evaluation mode, no gradients.
 
@@ -338,6 +392,7 @@ def load_model(
         attention: ``sdpa``, ``flash_attention_2`` or ``eager`` (the family's own, whose memory grows with T^2).
         num_gpus: above 1, the layers are spread over that many GPUs.
         threads: CPU threads of torch; sums depend on it, so fix it where results must agree to the byte.
+        sliding_window: as in ``read_spec``.
 
     Raises:
         ValueError: if there is no such model, its weights are not whole, or this machine lacks what is asked for.
@@ -353,7 +408,7 @@ def load_model(
         raise ValueError("model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'")
     if num_gpus > 1 and torch.cuda.device_count() < num_gpus:
         raise ValueError(f"scorer.gpus_per_scorer: expected {num_gpus} visible GPUs, got {torch.cuda.device_count()}")
-    config = read_config(path, gguf_file, revision)
+    config = read_config(path, gguf_file, revision, sliding_window)
     _check_kernel(_skeleton(config, path), attention, path)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -384,14 +439,19 @@ def load_model(
 
 
 def load_skeleton(
-    path: str, *, gguf_file: str | None = None, revision: str | None = None, dtype: str = "float32"
+    path: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    sliding_window: int | None = None,
 ) -> "PreTrainedModel":
     """What ``load_model`` gives, on the meta device: no weights are read.
 
     Raises:
         ValueError: if there is no such model.
     """
-    return _skeleton(read_config(path, gguf_file, revision), path, dtype)
+    return _skeleton(read_config(path, gguf_file, revision, sliding_window), path, dtype)
 
 
 def _check_kernel(model: "PreTrainedModel", attention: str, path: str) -> None:

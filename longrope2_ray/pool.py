@@ -54,11 +54,10 @@ class Scorer:
         from longrope2_ray.scoring import NeedleScorer
 
         model, settings = self._model, self._settings
-        where = {"gguf_file": model.gguf_file, "revision": model.revision}
-        spec = read_spec(model.path, original_length=model.original_length, **where)
+        spec = read_spec(model.path, original_length=model.original_length, **model.reading)
         loaded = load_model(
             model.path,
-            **where,
+            **model.reading,
             dtype=model.dtype,
             device=model.device,
             attention=model.attention,

@@ -71,12 +71,27 @@ class ModelSection(Section):
     original_length: Positive | None = Field(
         None, description="Pre-trained window L0 in tokens; the model's own configuration unless given."
     )
+    sliding_window: Positive | None = Field(
+        None,
+        description="Tokens that sliding layers see, here and in what is trained; the model's own configuration unless "
+        "given. Where every layer slides, as Phi-3-mini's do over 2,047, a needle farther away is out of sight.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Weights' type when scoring.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where scorers run; auto takes a GPU if any.")
     attention: Literal["sdpa", "flash_attention_2", "eager"] = Field(
         "sdpa", description="Attention backend; flash_attention_2 needs the extra gpu."
     )
     shape: ShapeSection | None = Field(None, description="Shape for plan where the model is not at hand.")
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Which of the files at ``path``, as the functions of ``longrope2_ray.model`` take it."""
+        return {"gguf_file": self.gguf_file, "revision": self.revision}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The same with what is changed in the configuration."""
+        return {**self.files, "sliding_window": self.sliding_window}
 
 
 class SearchSection(Section):

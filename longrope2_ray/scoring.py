@@ -211,15 +211,7 @@ class NeedleScorer:
         if self._kernel == "flash_attention_2":
             return _flash_attention(query, key, value, scaling, window), None
         if window is None and query.shape[2] == num_keys:
-            groups = query.shape[1] // key.shape[1]
-            if groups > 1 and query.is_cuda and query.dtype == torch.float32:
-                # On CUDA only the memory-efficient kernel takes float32, and it knows no groups: without the copies
-                # torch would fall back to a T x T product.
-                key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-                groups = 1
-            out = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
-            )
+            out = causal_attention(query, key, value, scaling)
         else:
             out = banded_attention(query, key, value, scaling=scaling, window=window)
         return out.transpose(1, 2).contiguous(), None
@@ -261,6 +253,21 @@ class _KeysValuesCollected(Exception):  # noqa: N818 - a way out of the last lay
         super().__init__()
         self.keys = keys
         self.values = values
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention of T positions to themselves, (B, H, T, E); key and value have K heads, with K dividing H."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda and query.dtype == torch.float32:
+        # On CUDA only the memory-efficient kernel takes float32, and it knows no groups: without the copies torch
+        # would fall back to a T x T product.
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        groups = 1
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
+    )
 
 
 def banded_attention(

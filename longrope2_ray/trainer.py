@@ -76,13 +76,15 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     Raises:
         ValueError: with one clear message, before anything expensive.
     """
-    from longrope2_ray.model import check_attention, model_fingerprint, read_spec
+    from longrope2_ray.model import check_attention, model_fingerprint, read_spec, require_sight
     from longrope2_ray.training import steps_per_epoch
 
     model, settings, target = recipe.model, recipe.train, recipe.search.target_length
-    where = {"gguf_file": model.gguf_file, "revision": model.revision}
     check_attention(model.attention, model.device)
-    spec = read_spec(model.path, original_length=model.original_length, **where)
+    if model.attention == "flash_attention_2" and settings.dtype == "float32":
+        raise ValueError("train.dtype: expected 'bfloat16' with model.attention = 'flash_attention_2', got 'float32'")
+    spec = read_spec(model.path, original_length=model.original_length, **model.reading)
+    require_sight(spec, model.path, target)
     reader = SegmentReader(run_dir)
     if reader.manifest["target_length"] != target:
         raise ValueError(
@@ -107,7 +109,7 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
         if name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS)
     }
     prints = {
-        "model": model_fingerprint(model.path, **where),
+        "model": model_fingerprint(model.path, **model.files),
         "data": reader.fingerprint,
         "factors": f"{factors.source} {_digest([factors.values.tolist(), factors.attention_factor])}",
     }
@@ -196,10 +198,11 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     from longrope2_ray.training import MixedTrainer, batch_indices
 
     settings, model = job.recipe.train, job.recipe.model
-    where: Any = {"gguf_file": model.gguf_file, "revision": model.revision}
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.threads)
-    loaded = load_skeleton(model.path, **where) if rank else load_model(model.path, **where, device="cpu")
+    loaded = (
+        load_skeleton(model.path, **model.reading) if rank else load_model(model.path, **model.reading, device="cpu")
+    )
     device = torch.device("cpu") if model.device == "cpu" else get_device()
     trainer = MixedTrainer(
         loaded, job.spec, job.factors, settings, job.num_steps, kernel=model.attention, device=device
@@ -275,17 +278,20 @@ def _peak_flops(device_name: str) -> float | None:
 def save_model(job: TrainJob, weights: Mapping[str, Any], run_dir: RunDir) -> None:
     """Write ``model/``, its config last: a directory without one was not written whole, and nothing loads it."""
     from longrope2_ray.export import extended_config, save_extended
-    from longrope2_ray.model import DTYPES, load_tokenizer, read_config
+    from longrope2_ray.model import DTYPES, load_generation_config, load_tokenizer, read_config
 
     model, target = job.recipe.model, job.recipe.search.target_length
-    where = {"gguf_file": model.gguf_file, "revision": model.revision}
-    config = read_config(model.path, **where)
+    config = read_config(model.path, **model.reading)
     dtype = DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), DTYPES[job.recipe.train.dtype])
-    config = extended_config(config, job.spec, job.factors, target)
+    config = extended_config(config, job.spec, job.factors, target, job.recipe.train.mixed)
     place = run_dir.path / job.folder / MODEL_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_extended(Path(folder), config, weights, load_tokenizer(model.path, **where), dtype)
+        tokenizer, generation = (
+            load_tokenizer(model.path, **model.files),
+            load_generation_config(model.path, **model.files),
+        )
+        save_extended(Path(folder), config, weights, tokenizer, dtype, generation)
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
             run_dir.write_bytes(f"{job.folder}/{MODEL_FOLDER}/{path.name}", path.read_bytes())
 

@@ -34,7 +34,7 @@ from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.model import DTYPES, ModelSpec, PinnedRope
 from longrope2_ray.packing import Segment
 from longrope2_ray.recipe import TrainSection
-from longrope2_ray.scoring import banded_attention, decoder_layers
+from longrope2_ray.scoring import banded_attention, causal_attention, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,10 +119,7 @@ def document_attention(
         if window is not None and window < last - first:
             pieces.append(banded_attention(q, k, v, scaling=scaling, window=window))
             continue
-        grouped = q.shape[1] != k.shape[1]
-        pieces.append(
-            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        )
+        pieces.append(causal_attention(q, k, v, scaling))
     return torch.cat(pieces, dim=2)
 
 
@@ -260,23 +257,61 @@ class SegmentLoss(nn.Module):
         logits = self.model.get_output_embeddings()(hidden).float()
         return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
-    @torch.no_grad()
-    def require_own_loss(self, vocab_size: int) -> None:
-        """Compare with the family's own forward on a few tokens.
 
-        Raises:
-            ValueError: if the family does something else with its logits, such as scaling or capping them.
-        """
-        ids = torch.arange(_PROBE_TOKENS, device=next(self.parameters()).device)[None] % vocab_size
-        targets = torch.roll(ids, -1)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        own = nn.functional.cross_entropy(logits, targets[0], reduction="sum")
-        found = self(ids, torch.arange(_PROBE_TOKENS, device=ids.device)[None], targets)
-        if not torch.allclose(own, found, rtol=1e-3):
-            raise ValueError(
-                f"model.path: {type(self.model).__name__} makes its loss of more than decoder and language head "
-                f"({float(own):.4f} against {float(found):.4f}), which training does not support"
-            )
+def require_trainable(loss: SegmentLoss, vocab_size: int) -> None:
+    """Try a few tokens on the model as it was loaded, before it is sharded: its own loss, and documents that do not leak.
+
+    Raises:
+        ValueError: if the family does something else with its logits, such as scaling or capping them; if its layers
+            carry something from one document of a segment into the next, as recurrent ones do; if it fails at all.
+    """
+    model, family = loss.model, type(loss.model).__name__
+    text, training = model.config.get_text_config(), model.training
+    kernel = text._attn_implementation
+    model.eval()
+    try:
+        own, found, leaked = _probe(loss, vocab_size)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"model.path: {family} cannot be trained here: {reason}") from error
+    finally:
+        text._attn_implementation = kernel
+        model.train(training)
+    if not math.isclose(own, found, rel_tol=1e-3):
+        raise ValueError(
+            f"model.path: {family} makes its loss of more than decoder and language head "
+            f"({own:.4f} against {found:.4f}), which training does not support"
+        )
+    if not leaked <= 1e-5 * found:
+        raise ValueError(
+            f"model.path: {family} carries something from one document of a segment into the next (its loss moves by "
+            f"{leaked:.1e}), as recurrent and convolution layers do; training needs attention layers alone"
+        )
+
+
+@torch.no_grad()
+def _probe(loss: SegmentLoss, vocab_size: int) -> tuple[float, float, float]:
+    """NLL of one document by the family's own forward, the same by ``loss``, and how much another document before it in
+    its segment changes that."""
+    device = next(loss.parameters()).device
+    document = torch.arange(_PROBE_TOKENS, device=device) % vocab_size
+    positions = torch.arange(_PROBE_TOKENS, device=device)
+    logits = loss.model(input_ids=document[None], use_cache=False).logits[0].float()
+    own = nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum")
+    attention = SegmentAttention(loss.model, "sdpa", None)
+
+    def nll(documents: Sequence[torch.Tensor]) -> float:
+        """Of the last document."""
+        count = len(documents)
+        attention.ranges = np.arange(count + 1, dtype=np.int32) * _PROBE_TOKENS
+        targets = torch.full((count * _PROBE_TOKENS,), IGNORED, device=device)
+        targets[-_PROBE_TOKENS:-1] = document[1:]
+        return float(loss(torch.cat(list(documents))[None], positions.repeat(count)[None], targets[None]))
+
+    behind = [nll([other, document]) for other in (document, document.flip(0))]
+    return float(own), nll([document]), abs(behind[0] - behind[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ step
@@ -336,14 +371,12 @@ class MixedTrainer:
         self._settings, self._factors, self._num_steps, self._world = settings, factors, num_steps, world
         self._device = device or torch.device("cpu")
         model.requires_grad_(True).train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        without_noise(model)
         mesh = init_device_mesh(self._device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self._data_rank, self._sequence_rank = mesh.get_local_rank("data"), mesh.get_local_rank("sequence")
         loss = SegmentLoss(model, settings.loss_chunk_tokens)
         if dist.get_rank() == 0:
-            loss.require_own_loss(spec.vocab_size)
+            require_trainable(loss, spec.vocab_size)
         self._attention = SegmentAttention(model, kernel, mesh.get_group("sequence") if degree > 1 else None)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -481,6 +514,17 @@ def _shard(
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     return loss
+
+
+def without_noise(model: "PreTrainedModel") -> None:
+    """Put every dropout and router jitter of a model, and of its config, to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for holder in (model.config, model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def _forget_weights(model: "PreTrainedModel") -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import save_tiny
 
 from longrope2_ray.cli import main
 
@@ -182,6 +183,14 @@ def test_more_gpus_than_there_are_says_so(tmp_path):
     assert result.returncode == 2
     assert "scorer.cpus_per_scorer" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tmp_path):
+    path = save_tiny("mistral_windowed", tmp_path)
+    options = ["--run-dir", str(tmp_path / "run"), "--search.target-length", "96", "--model.path", path]
+    said = mistake(capsys, "search", "debug", *options)
+    assert "model.sliding_window: expected 96 tokens" in said
+    assert "window of 40" in said
 
 
 def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_path):

@@ -31,6 +31,7 @@ from longrope2_ray.model import (
     load_tokenizer,
     model_fingerprint,
     read_spec,
+    require_sight,
 )
 
 ATTENTION_FACTOR = 1.17
@@ -68,6 +69,22 @@ def test_spec_matches_the_loaded_model(family: str, saved: dict[str, str]) -> No
     assert (spec.num_heads, spec.num_kv_heads) == (4, 2)
     assert spec.sliding_window == (40 if family == "mistral_windowed" else None)
     assert spec.rope_base == {"llama_odd_head_dim": 5e5, "qwen2": 1e6, "gemma3": 1e6}.get(family, 1e4)
+
+
+def test_a_sliding_window_can_be_opened(saved: dict[str, str]) -> None:
+    spec = read_spec(saved["mistral_windowed"])
+    with pytest.raises(ValueError, match=r"model\.sliding_window: expected 96 tokens .* got a window of 40"):
+        require_sight(spec, "some model", 96)
+    opened = read_spec(saved["mistral_windowed"], sliding_window=96)
+    require_sight(opened, "some model", 96)
+    ids = torch.arange(90)[None]
+    near = load_model(saved["mistral_windowed"], device="cpu")
+    far = load_model(saved["mistral_windowed"], device="cpu", sliding_window=96)
+    full = tiny_model(tiny_config("mistral"))
+    assert torch.equal(far(ids).logits, full(ids).logits)
+    assert not torch.allclose(near(ids).logits, far(ids).logits, atol=1e-3)
+    with pytest.raises(ValueError, match=r"model\.sliding_window: expected a model with sliding layers"):
+        read_spec(saved["llama"], sliding_window=96)
 
 
 def test_spec_takes_another_original_length(saved: dict[str, str]) -> None:
@@ -255,7 +272,9 @@ def test_latent_attention_is_refused(tmp_path: Path) -> None:
         read_spec(str(tmp_path))
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize(
+    "rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope", "longrope with a temperature at all lengths"]
+)
 def test_extended_checkpoints_are_refused(rope_type: str, tmp_path: Path) -> None:
     rope = {
         "linear": {"factor": 2.0},
@@ -266,9 +285,13 @@ def test_extended_checkpoints_are_refused(rope_type: str, tmp_path: Path) -> Non
         },
         "longrope": {
             "factor": 2.0, "long_factor": [2.0] * 8, "short_factor": [1.0] * 7 + [1.1],
-            "original_max_position_embeddings": WINDOW,
+            "original_max_position_embeddings": WINDOW, "attention_factor": 1.0,
+        },
+        "longrope with a temperature at all lengths": {  # as Phi-4-mini's, which transformers makes up
+            "factor": 2.0, "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": WINDOW,
         },
     }[rope_type]  # fmt: skip
+    rope_type = rope_type.split()[0]
     tiny_config("llama", {"rope_type": rope_type, **rope}, max_position_embeddings=2 * WINDOW).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"got '{rope_type}'.*un-extended base model"):
         read_spec(str(tmp_path))

@@ -23,13 +23,11 @@ import tomli_w
 import torch
 import transformers
 from fsspec.implementations.local import LocalFileSystem
-from tiny_models import VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
+from tiny_models import VOCABULARY, WINDOW, tiny_config, tiny_model
 from tokenizers import Tokenizer, models
 
 from longrope2_ray import driver
 from longrope2_ray.cli import main
-from longrope2_ray.export import extended_config
-from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.model import load_model, read_spec
 from longrope2_ray.packing import MANIFEST, Segment, content_digest, rows_per_group, segments_to_parquet
 from longrope2_ray.recipe import Recipe, StoppedError
@@ -424,15 +422,3 @@ def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(tmp_pa
         with pytest.raises(ValueError, match=message):
             run_training(job, train_dir, print)
     assert ray.is_initialized()
-
-
-def test_an_extended_config_keeps_both_windows() -> None:
-    model = tiny_model(tiny_config("phi3_partial"))
-    spec = spec_of(model)
-    factors = RescaleFactors(some_factors(len(spec.geometry.angles)), 1.2)
-    config = extended_config(model.config, spec, factors, LENGTH)
-    assert config.rope_parameters["partial_rotary_factor"] == 0.75
-    assert config.rope_parameters["original_max_position_embeddings"] == WINDOW
-    assert config.rope_parameters["attention_factor"] == 1.2
-    assert model.config.rope_parameters["rope_type"] == "default"
-    assert transformers.AutoModelForCausalLM.from_config(config)

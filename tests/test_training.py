@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import FAMILIES, VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
+import transformers
+from tiny_models import FAMILIES, SHAPE, VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
 from torch import multiprocessing
 
 from longrope2_ray.factors import RescaleFactors
@@ -19,6 +20,7 @@ from longrope2_ray.training import (
     IGNORED,
     MixedTrainer,
     SegmentAttention,
+    SegmentLoss,
     attention_ranges,
     batch_indices,
     check_parallel,
@@ -26,7 +28,9 @@ from longrope2_ray.training import (
     flash_varlen_inputs,
     learning_rate,
     position_ids_of,
+    require_trainable,
     targets_of,
+    without_noise,
 )
 
 LENGTH = 96
@@ -222,6 +226,39 @@ def test_families_with_a_loss_of_their_own_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Cohere"):
         make_trainer("cohere")
     assert "cohere" in FAMILIES
+
+
+RECURRENT = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ("Qwen3NextConfig", RECURRENT, "carries something from one document of a segment into the next"),
+        ("FalconConfig", {}, r"FalconForCausalLM cannot be trained here: TypeError"),
+        ("SeedOssConfig", {"residual_dropout": 0.3, "attention_dropout": 0.3}, None),
+        ("MixtralConfig", {"num_local_experts": 4, "router_jitter_noise": 0.3}, None),
+    ],
+)
+def test_a_few_tokens_tell_what_can_be_trained(config: str, changes: dict, message: str | None) -> None:
+    made = getattr(transformers, config)(**SHAPE | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(made).train()
+    kernel = model.config._attn_implementation
+    if message:
+        with pytest.raises(ValueError, match=message):
+            require_trainable(SegmentLoss(model, 32), VOCABULARY)
+    else:
+        require_trainable(SegmentLoss(model, 32), VOCABULARY)
+        without_noise(model)
+        ids = torch.arange(20)[None]
+        assert model.training
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)  # no dropout, no jitter
+    assert model.config._attn_implementation == kernel
 
 
 # -------------------------------------------------------------------------------------------------- whole steps

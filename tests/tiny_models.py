@@ -13,7 +13,7 @@ from longrope2_ray.needles import NeedleSample
 WINDOW = 48
 VOCABULARY = 97
 
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -28,7 +28,7 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# name -> (config class, what differs from _SHAPE, RoPE parameters)
+# name -> (config class, what differs from SHAPE, RoPE parameters)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}, {}),
     "llama_odd_head_dim": ("LlamaConfig", {"head_dim": 20}, {"rope_theta": 5e5}),
@@ -63,7 +63,7 @@ def tiny_config(family: str, rope: dict[str, Any] | None = None, **changes: Any)
     full = {"rope_type": "default", "rope_theta": 1e4, **parameters, **(rope or {})}
     if family == "gemma3":
         full = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    settings = {**_SHAPE, **differences, "rope_parameters": full, **changes}
+    settings = {**SHAPE, **differences, "rope_parameters": full, **changes}
     return getattr(transformers, name)(**settings)
 
 
