@@ -188,6 +188,7 @@ def test_more_gpus_than_there_are_says_so(tmp_path):
 def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tmp_path):
     path = save_tiny("mistral_windowed", tmp_path)
     options = ["--run-dir", str(tmp_path / "run"), "--search.target-length", "96", "--model.path", path]
+    capsys.readouterr()
     said = mistake(capsys, "search", "debug", *options)
     assert "model.sliding_window: expected 96 tokens" in said
     assert "window of 40" in said
