@@ -36,7 +36,10 @@ def resolve_model_path(path: str, gguf_file: str | None = None, revision: str | 
     elif "://" in path:
         folder = _download(path)
     else:
-        folder = Path(path).expanduser()
+        try:
+            folder = Path(path).expanduser()
+        except RuntimeError as error:  # ~nobody
+            raise ValueError(f"model.path: expected a directory, got {path!r}: {error}") from error
     if folder.is_file():
         if folder.suffix != ".gguf":
             raise ValueError(f"model.path: expected a model directory or a .gguf file, got the file {path!r}")

@@ -58,6 +58,7 @@ _RAY_LOGS = {  # its progress is told here in a line, a mistake in a document on
     f"{_INTERNAL}.execution.streaming_executor_state": logging.CRITICAL,
 }
 Kind = Literal["tokens", "segments"]
+_MOST_TOKENS = 2**31 - 1  # of an Arrow list's offsets
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,17 @@ def _write_group(group: pa.Table, plan: DataPlan) -> pa.Table:
 
 
 def _write_tokens(group: pa.Table, plan: DataPlan, shard: int) -> None:
-    """Write one whole shard of tokens, without empty and duplicate documents."""
+    """Write one whole shard of tokens, without empty and duplicate documents.
+
+    Raises:
+        ValueError: if it is larger than an Arrow list can be.
+    """
+    num_tokens = pc.sum(group["num_tokens"]).as_py() or 0
+    if num_tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"data.num_shards: expected at most {_MOST_TOKENS} tokens in a shard, got {num_tokens} in shard {shard}; raise it, "
+            f"or name fewer files in data.sources.path: every document is tokenised before the quotas choose"
+        )
     full = group.filter(pc.greater(group["num_tokens"], 0)).drop_columns(["shard"]).sort_by("key")
     keys = full["key"].to_numpy()
     table = full.filter(pa.array(np.append(True, keys[1:] != keys[:-1])[: len(keys)]))

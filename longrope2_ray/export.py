@@ -6,7 +6,6 @@ one for every input, where it was trained so). ``read_spec`` and
 """
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def extended_config(
 def save_extended(
     folder: Path,
     config: "PreTrainedConfig",
-    weights: Mapping[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
     tokenizer: "PreTrainedTokenizerBase",
     dtype: torch.dtype,
     generation: "GenerationConfig | None" = None,
@@ -70,7 +69,7 @@ def save_extended(
     Args:
         folder: made if it is not there.
         config: what it says from now on.
-        weights: whole, under transformers' names.
+        weights: whole, under transformers' names; taken out one by one, so that they are never there twice.
         tokenizer: of the base model; it learns the longer window.
         dtype: of the weights on disk.
         generation: of the base model, where it has one: its stop tokens and how it samples.
@@ -79,10 +78,10 @@ def save_extended(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    model.load_state_dict({name: weights.pop(name).to(dtype) for name in list(weights)}, assign=True)
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     tokenizer.save_pretrained(folder)

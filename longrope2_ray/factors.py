@@ -91,7 +91,9 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
     if isinstance(data, list):
         return RescaleFactors(_numbers(data, source), source=source)
     if isinstance(data, dict):
-        for section in (data, data.get("rope_parameters"), data.get("rope_scaling")):
+        rope = data.get("rope_parameters")
+        of_full = rope.get("full_attention") if isinstance(rope, dict) else None  # where layer types have their own
+        for section in (data, rope, of_full, data.get("rope_scaling")):
             if not isinstance(section, dict):
                 continue
             values = section.get("factors", section.get("long_factor"))
@@ -99,9 +101,9 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
                 return RescaleFactors(
                     _numbers(values, source),
                     attention_factor=_number(section, "attention_factor", 1.0, source),
-                    critical_dim=section.get("critical_dim"),
+                    critical_dim=_whole(section, "critical_dim", None, source),
                     source=source,
-                    start_tokens=int(_number(section, "start_tokens", 0.0, source, whole=True)),
+                    start_tokens=_whole(section, "start_tokens", 0, source) or 0,
                 )
     raise ValueError(
         f"--factors: expected a JSON list of numbers, a winner.json or an HF config with long_factor in {source}"
@@ -115,12 +117,18 @@ def _numbers(values: Any, source: str) -> np.ndarray:
         raise ValueError(f"--factors: expected numbers in {source}, got {error}") from error
 
 
-def _number(section: Mapping[str, Any], key: str, default: float, source: str, *, whole: bool = False) -> float:
+def _number(section: Mapping[str, Any], key: str, default: float, source: str) -> float:
     value = section.get(key)
     try:
-        number = default if value is None else float(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or (whole and not number.is_integer()):
-        raise ValueError(f"--factors: expected a {'whole ' * whole}number as {key} in {source}, got {value!r}")
-    return number
+        return default if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--factors: expected a number as {key} in {source}, got {value!r}") from error
+
+
+def _whole(section: Mapping[str, Any], key: str, default: int | None, source: str) -> int | None:
+    value = section.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)) or not float(value).is_integer():
+        raise ValueError(f"--factors: expected a whole number as {key} in {source}, got {value!r}")
+    return int(value)

@@ -45,7 +45,7 @@ class ModelSpec:
         num_kv_heads: key and value heads.
         vocab_size: rows of the output matrix.
         tie_word_embeddings: whether input and output embeddings are one matrix.
-        num_parameters: all parameters; estimated from the shapes above (gated MLP) where it is not given.
+        num_parameters: all parameters; None where they were not counted.
         sliding_window: tokens that every layer is limited to; None as soon as one layer sees everything.
     """
 
@@ -62,28 +62,12 @@ class ModelSpec:
     num_kv_heads: int
     vocab_size: int
     tie_word_embeddings: bool = False
-    num_parameters: int = 0
+    num_parameters: int | None = None
     sliding_window: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.num_parameters:
-            attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-            mlp = 3 * self.hidden_size * self.intermediate_size
-            total = self.num_layers * (attention + mlp) + self.num_embedding_parameters
-            object.__setattr__(self, "num_parameters", total)
 
     @property
     def geometry(self) -> RopeGeometry:
         return RopeGeometry(self.head_dim, self.rotary_dim, self.rope_base, self.original_length)
-
-    @property
-    def num_embedding_parameters(self) -> int:
-        """Input and output embeddings, counted once where they are tied."""
-        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        return self.num_parameters - self.num_embedding_parameters
 
 
 # ----------------------------------------------------------------------------------- what is known before weights
@@ -123,6 +107,9 @@ def read_spec(
     if len(lengths) != 1:
         raise ValueError(f"model.path: expected one rotary size in all layers, got {sorted(lengths)} in {what}")
     rope = _unscaled_rope(text, what)
+    location, gguf = resolve_model_path(path, gguf_file, revision)
+    if gguf and (file := Path(location) / gguf).is_file():
+        _require_unscaled_gguf(file, 2 * min(lengths), what)
     # Phi-3's config class has original_max_position_embeddings 4096 even where nobody wrote it: the smaller one counts.
     lengths_known = [text.max_position_embeddings, getattr(text, "original_max_position_embeddings", None)]
     length = original_length or min(known for known in lengths_known if known)
@@ -209,7 +196,7 @@ def _skeleton(config: "PreTrainedConfig", path: str, dtype: str | None = None) -
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **({"dtype": DTYPES[dtype]} if dtype else {}))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model.path: expected a causal language model, got {config.model_type} in {path!r}: {reason}"
@@ -249,6 +236,30 @@ def _unscaled_rope(text: "PreTrainedConfig", what: str) -> dict[str, Any]:
             'set rope_type to "default" in a copy of its config.json'
         )
     return rope
+
+
+def _require_unscaled_gguf(file: Path, rotary_dim: int, what: str) -> None:
+    """Refuse what a GGUF says about its RoPE beside the base, which transformers drops.
+
+    Raises:
+        ValueError: if the file scales its RoPE, or rotates another part of a head.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    said = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
+    kind, rotated = said.get("rope.scaling.type", "none"), said.get("rope.dimension_count", rotary_dim)
+    tables = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
+    if kind != "none" or tables:
+        raise ValueError(
+            f"model.path: expected a GGUF with unscaled RoPE, got {', '.join([f'scaling {kind!r}', *tables])} in {what}: "
+            f"this checkpoint was already extended. Start from the un-extended base model"
+        )
+    if rotated != rotary_dim:
+        raise ValueError(
+            f"model.path: expected {rotary_dim} rotated dimensions, which is what transformers makes of this GGUF, got "
+            f"{rotated} in {what}; use the model's own files"
+        )
 
 
 def _window_of_every_layer(text: "PreTrainedConfig") -> int | None:

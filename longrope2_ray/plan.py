@@ -34,6 +34,8 @@ class Shape(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def num_parameters(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ ANSWER_TOKENS = 16  # at most: seven digits as one to eight tokens, with room
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Weights of one decoder layer: attention projections and gated MLP."""
+    """Weights of one decoder layer that a token passes: attention projections and one gated MLP."""
     attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     return attention + 3 * shape.hidden_size * shape.intermediate_size
 
 
 def num_parameters(shape: Shape) -> int:
-    """Weights of the whole model, embeddings included."""
+    """Weights of the whole model, embeddings included: as counted or given, else those of gated MLPs."""
+    if shape.num_parameters:
+        return shape.num_parameters
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     return shape.num_layers * layer_parameters(shape) + embeddings
 
@@ -145,7 +149,7 @@ def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: f
     workers = settings.num_workers or settings.sequence_parallel
     segments = sum(band.tokens // length for band in recipe.data.bands)
     steps = settings.max_steps or segments // settings.global_batch_size
-    if not steps:
+    if not steps or not segments:
         raise ValueError(
             f"train.global_batch_size: expected at most the {segments} segments that data.bands make, "
             f"got {settings.global_batch_size}"
@@ -197,11 +201,12 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
     flops = pass_flops(shape, search.target_length)
     report_flops = sum(pass_flops(shape, length)["total"] for length in lengths) * report_passes / len(lengths)
     memory = scorer_memory_bytes(shape, recipe)
-    gib = memory["total"] / 2**30
-    gpus = max(1.0, recipe.scorer.gpus_per_scorer)
+    gpus = recipe.scorer.gpus_per_scorer
+    spread = max(1.0, gpus)  # layers go to one GPU after another, which wait for each other
+    on_one = memory["total"] - memory["weights"] * (1 - 1 / spread)
 
     def gpu_hours(passes: int) -> float:
-        return (passes * flops["total"] + report_flops) / (device.tflops * 1e12 * utilisation) / 3600
+        return spread * (passes * flops["total"] + report_flops) / (device.tflops * 1e12 * utilisation) / 3600
 
     return {
         "recipe": recipe.name,
@@ -221,7 +226,7 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         "gpu_hours_likely": gpu_hours(likely),
         "scorer_memory_gib": {k: v / 2**30 for k, v in memory.items()},
         "gpus_per_scorer": gpus,
-        "fits": gib <= device.memory_gib * gpus,
+        "fits": on_one / 2**30 <= device.memory_gib * min(gpus or 1.0, 1.0),
         "training": plan_training(recipe, shape, accelerator, utilisation),
     }
 

@@ -61,7 +61,7 @@ class Scorer:
             dtype=model.dtype,
             device=model.device,
             attention=model.attention,
-            num_gpus=max(1, math.ceil(settings.gpus_per_scorer)),
+            num_gpus=max(1, len(ray.get_gpu_ids())),  # none where the cluster has none
             threads=settings.threads,
         )
         self._scorer = NeedleScorer(loaded, spec, mlp_chunk_tokens=settings.mlp_chunk_tokens)

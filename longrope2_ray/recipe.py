@@ -38,7 +38,7 @@ def refuse_credentials(url: str) -> str:
     return url
 
 
-Location = Annotated[str, AfterValidator(refuse_credentials)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(refuse_credentials)]
 
 
 class Section(BaseModel):
@@ -46,7 +46,7 @@ class Section(BaseModel):
 
 
 class ShapeSection(Section):
-    """The model's shape, for ``plan`` on a machine that does not have the model; checked against it where it does."""
+    """The model's shape, for ``plan`` on a machine that does not have the model."""
 
     model_type: str = "llama"
     hidden_size: Positive
@@ -60,6 +60,9 @@ class ShapeSection(Section):
     original_length: Positive
     vocab_size: Positive
     tie_word_embeddings: bool = False
+    num_parameters: Positive | None = Field(
+        None, description="All weights; those of gated MLPs unless given, so give it for a mixture of experts."
+    )
 
 
 class ModelSection(Section):
@@ -278,7 +281,8 @@ class SourceSection(Section):
 
     name: str = Field(description="Name in the manifest and in messages.")
     path: list[Location] = Field(
-        description="Files, directories, globs or URLs of .jsonl, .parquet or text files, or hf://<dataset id>."
+        description="Files, directories, globs or URLs of .jsonl, .parquet or text files, or hf://<dataset id>. "
+        "All their documents are tokenised before the quotas choose, so name a sample of a large collection.",
     )
     field: str = Field("text", description="Field or column that holds the text, in .jsonl and .parquet.")
     split: Literal["file", "blank_line", "line"] = Field(

@@ -149,7 +149,8 @@ def find_factors(recipe: Recipe, spec: Any, run_dir: RunDir) -> RescaleFactors:
             text = UPath(name).read_text(encoding="utf-8")
         except Exception as error:  # each storage client has errors of its own
             raise ValueError(
-                f"train.factors: expected winner, a baseline method ({', '.join(METHODS)}), a file or a URL, got {name!r}: "
+                f"train.factors: expected winner, a baseline method ({', '.join(sorted(set(METHODS) - {'longrope2'}))}), "
+                f"a file or a URL, got {name!r}: "
                 f"{error}"
             ) from error
         vector = factors_from_json(text, name)
@@ -275,8 +276,8 @@ def _peak_flops(device_name: str) -> float | None:
     return known[0] if known else None
 
 
-def save_model(job: TrainJob, weights: Mapping[str, Any], run_dir: RunDir) -> None:
-    """Write ``model/``, its config last: a directory without one was not written whole, and nothing loads it."""
+def save_model(job: TrainJob, weights: dict[str, Any], run_dir: RunDir) -> None:
+    """Write ``model/`` and empty ``weights``, its config last: a directory without one was not written whole, and nothing loads it."""
     from longrope2_ray.export import extended_config, save_extended
     from longrope2_ray.model import DTYPES, load_generation_config, load_tokenizer, read_config
 

@@ -195,6 +195,14 @@ def test_mistakes_are_told_before_ray_starts(corpus, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_shard_that_arrow_cannot_hold_is_refused_by_name():
+    rows = {"shard": [0, 0], "key": [1, 2], "source": ["a", "a"], "num_tokens": [2**30, 2**30], "ids": [[1], [2]]}
+    table = pa.table(rows, schema=data._TOKENS)
+    wanted = r"data\.num_shards: expected at most 2147483647 tokens in a shard, got 2147483648 in shard 3"
+    with pytest.raises(ValueError, match=wanted):
+        data._write_tokens(table, None, 3)
+
+
 @pytest.mark.parametrize(
     ("split", "documents"),
     [("file", ["a\n b\n\n \nc\n"]), ("blank_line", ["a\n b", "c"]), ("line", ["a", "b", "c"])],

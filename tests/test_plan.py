@@ -111,6 +111,36 @@ def test_a_model_that_is_too_large_does_not_fit_until_it_is_spread() -> None:
     assert "DOES NOT FIT" in format_plan(alone)
     spread = plan(recipe(scorer={"gpus_per_scorer": 4}), big, "h100")
     assert spread["fits"]
+    assert spread["gpu_hours_most"] == pytest.approx(4 * alone["gpu_hours_most"])  # three wait while one works
+
+
+def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_shares_it() -> None:
+    long = recipe({"target_length": 2**22}, scorer={"mlp_chunk_tokens": 4096})
+    wide = SHAPE.model_copy(update={"hidden_size": 8192, "num_layers": 1})
+    need = scorer_memory_bytes(wide, long)
+    assert need["weights"] < need["activations"] / 10
+    eight = plan(
+        recipe({"target_length": 2**22}, scorer={"mlp_chunk_tokens": 4096, "gpus_per_scorer": 8}), wide, "h100"
+    )
+    assert need["total"] / 8 / 2**30 < ACCELERATORS["h100"].memory_gib < need["activations"] / 2**30
+    assert not eight["fits"]
+    shared = SHAPE.model_copy(update={"num_parameters": 12 * 2**30})  # 24 GiB of weights on 74
+    assert plan(recipe(scorer={"gpus_per_scorer": 0.5}), shared, "h100")["fits"]
+    assert not plan(recipe(scorer={"gpus_per_scorer": 0.25}), shared, "h100")["fits"]
+
+
+def test_weights_that_are_known_are_not_estimated() -> None:
+    experts = SHAPE.model_copy(update={"num_parameters": 10 * num_parameters(SHAPE)})
+    assert num_parameters(experts) == 10 * num_parameters(SHAPE)
+    assert scorer_memory_bytes(experts, recipe())["weights"] == 10 * scorer_memory_bytes(SHAPE, recipe())["weights"]
+
+
+def test_llama3_8b_by_its_shape() -> None:
+    shape = SHAPE.model_copy(
+        update={"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
+                "head_dim": 128, "vocab_size": 128256}
+    )  # fmt: skip
+    assert num_parameters(shape) == pytest.approx(8_030_261_248, rel=1e-3)
 
 
 def test_the_text_names_the_numbers() -> None:
