@@ -6,13 +6,15 @@ Heavy imports stay inside the commands.
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longrope2_ray.recipe import Recipe, SearchSection, StoppedError, load_recipe
+from longrope2_ray.recipe import Recipe, StoppedError, load_recipe
 from longrope2_ray.rope import RopeGeometry
 
 USAGE_ERROR, FENCED = 2, 3
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("interrupted; what is done is kept, run the same command again to resume", file=sys.stderr)
+        kept = getattr(arguments, "overrides_allowed", False) and hasattr(arguments, "run_dir")
+        advice = "; what is done is kept, run the same command again to resume" if kept else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
     except StoppedError as error:
         from longrope2_ray.rundir import FencedError
@@ -195,17 +199,18 @@ def _shape(recipe: Recipe) -> Any:
 
 def _factors(arguments: argparse.Namespace) -> None:
     from longrope2_ray.baselines import baseline
-    from longrope2_ray.evolution import SearchSpace
 
     geometry = _geometry(arguments)
-    setting = SearchSection(target_length=arguments.target_length, attention_factor=_number(arguments.attention_factor))
-    temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
+    if arguments.target_length <= geometry.original_length:
+        raise ValueError(
+            f"--target-length: expected more than the original length {geometry.original_length}, got {arguments.target_length}"
+        )
     vector = baseline(
         arguments.method,
         geometry,
         arguments.target_length,
         critical_dim=arguments.critical_dim,
-        attention_factor=temperature,
+        attention_factor=_temperature(arguments.attention_factor, geometry, arguments.target_length),
     )
     body = {
         "method": arguments.method,
@@ -239,11 +244,17 @@ def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
     return RopeGeometry(arguments.head_dim, rotary, arguments.base, arguments.original_length)
 
 
-def _number(text: str) -> Any:
-    try:
-        return text if text in ("su", "yarn") else float(text)
-    except ValueError:
-        raise ValueError(f"--attention-factor: expected a number, su or yarn, got {text!r}") from None
+def _temperature(text: str, geometry: RopeGeometry, target_length: int) -> float:
+    """The number behind ``--attention-factor``."""
+    from longrope2_ray.baselines import su_attention_factor, yarn_attention_factor
+
+    ratio = max(target_length / geometry.original_length, 1.0)
+    rules = {"su": su_attention_factor(ratio, geometry.original_length), "yarn": yarn_attention_factor(ratio)}
+    with suppress(ValueError):
+        number = rules[text] if text in rules else float(text)
+        if 0 < number < math.inf:
+            return number
+    raise ValueError(f"--attention-factor: expected a positive number, su or yarn, got {text!r}")
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -252,46 +263,50 @@ def _score(arguments: argparse.Namespace) -> None:
 
     from longrope2_ray import driver
     from longrope2_ray.baselines import METHODS, baseline
-    from longrope2_ray.evolution import SearchSpace
     from longrope2_ray.factors import factors_from_json
-    from longrope2_ray.search import SEARCH_SET, report_set
+    from longrope2_ray.search import SEARCH_SET, report_set, rescaled_length
 
     length = recipe.search.target_length
-    if arguments.factors in METHODS:
-        vector = None
-    else:
+    given = None
+    if arguments.factors not in METHODS:
         try:
             text = UPath(arguments.factors).read_text(encoding="utf-8")
         except Exception as error:  # each storage client has errors of its own
             raise ValueError(
                 f"--factors: expected a file, a URL or one of {', '.join(METHODS)}, got {arguments.factors!r}: {error}"
             ) from error
-        vector = factors_from_json(text, arguments.factors)
+        given = factors_from_json(text, arguments.factors)
     prepared = driver.prepare(recipe)
     geometry = prepared.spec.geometry
-    vector = (vector or baseline(arguments.factors, geometry, length)).require_length(geometry.num_cosines)
-    if not vector.monotone:
+    if given is not None and not given.require_length(geometry.num_cosines).monotone:
         print(
             "note: the factors are not monotone, as some published LongRoPE vectors; scored as they are",
             file=sys.stderr,
         )
+    if arguments.set == "search":
+        lengths = {SEARCH_SET: length}
+    else:
+        lengths = {report_set(length): length for length in recipe.report.lengths or [length]}
+    vectors = {
+        name: given or baseline(arguments.factors, geometry, rescaled_length(at, length, geometry.original_length))
+        for name, at in lengths.items()
+    }
     if arguments.attention_factor is not None:
-        setting = SearchSection(target_length=length, attention_factor=_number(arguments.attention_factor))
-        temperature = SearchSpace.from_recipe(geometry, setting).attention_bounds[0]
-        vector = replace(vector, attention_factor=temperature)
-    lengths = recipe.report.lengths or [length]
-    needle_sets = [SEARCH_SET] if arguments.set == "search" else list(dict.fromkeys(map(report_set, lengths)))
+        number = _temperature(arguments.attention_factor, geometry, length)
+        vectors = {name: replace(vector, attention_factor=number) for name, vector in vectors.items()}
     with driver.ray_session():
-        results = driver.score_vector(prepared, vector, needle_sets)
+        results = driver.score_vectors(prepared, vectors)
     for needle_set, result in results.items():
+        vector = vectors[needle_set]
         if arguments.json:
             print(json.dumps({"factors": arguments.factors, "needle_set": needle_set,
                               "attention_factor": vector.attention_factor, "monotone": vector.monotone, **result}))  # fmt: skip
             continue
+        ppl = "not finite" if result["ppl"] is None else f"{result['ppl']:.4g}"
         print(f"{arguments.factors} on {needle_set}, attention factor {vector.attention_factor:.4g}: needle perplexity "
-              f"{result['ppl']:.4g}, accuracy {result['accuracy']:.0%}")  # fmt: skip
+              f"{ppl}, accuracy {result['accuracy']:.0%}")  # fmt: skip
         for sample, nll in enumerate(result["nll_per_sample"]):
-            print(f"  sample {sample}: NLL {nll:.4f}")
+            print(f"  sample {sample}: NLL {'not finite' if nll is None else f'{nll:.4f}'}")
 
 
 def _data(arguments: argparse.Namespace) -> None:

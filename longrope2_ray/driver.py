@@ -160,12 +160,12 @@ def scorer_pool(prepared: Prepared) -> Iterator[Any]:
     """
     import ray
 
-    from longrope2_ray.pool import ScorerPool, capacity, scorer_factory, scorer_resources
+    from longrope2_ray.pool import ScorerPool, capacity, node_resources, scorer_factory, scorer_resources
 
     recipe = prepared.recipe
     cluster = ray.cluster_resources()
     resources = scorer_resources(recipe.scorer, recipe.model.device, cluster)
-    room = capacity(cluster, resources)
+    room = capacity(node_resources(), resources)
     if room < 1 and not (recipe.scorer.num_scorers and os.environ.get("RAY_ADDRESS")):
         raise ValueError(
             f"scorer.gpus_per_scorer, scorer.cpus_per_scorer: expected room for one scorer of {resources}, "
@@ -221,15 +221,15 @@ def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer
         return run.run()
 
 
-def score_vector(prepared: Prepared, vector: RescaleFactors, needle_sets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Needle set -> needle perplexity, accuracy and NLL by sample of one vector."""
+def score_vectors(prepared: Prepared, vectors: Mapping[str, RescaleFactors]) -> dict[str, dict[str, Any]]:
+    """Needle set -> needle perplexity, accuracy and NLL by sample of its vector."""
     scores: dict[tuple[str, int], Score] = {}
-    keys = [(name, sample) for name in needle_sets for sample in range(len(prepared.needle_sets[name]))]
+    keys = [(name, sample) for name in vectors for sample in range(len(prepared.needle_sets[name]))]
     with scorer_pool(prepared) as pool:
         for name, sample in keys:
-            pool.submit(Unit("vector", name, sample, vector))
+            pool.submit(Unit("vector", name, sample, vectors[name]))
         while len(scores) < len(keys):
             scores.update({(score.needle_set, score.sample): score for score in pool.wait()})
             print(f"\rscored {len(scores)} of {len(keys)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return {name: summarize([scores[key] for key in keys if key[0] == name]) for name in needle_sets}
+    return {name: summarize([scores[key] for key in keys if key[0] == name]) for name in vectors}

@@ -114,7 +114,8 @@ class SearchSpace:
             dims, low = (0,), 1.0
             length = max(search.target_length, geometry.original_length)
             vectors = [_start(start, geometry, length) for start in search.starts or LONGROPE_STARTS]
-            starts = tuple(tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors)
+            clipped = (tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors)
+            starts = tuple(dict.fromkeys(clipped))
         if low < 1 or high < low:
             raise ValueError(
                 f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
@@ -507,8 +508,6 @@ class Evolution:
     def _attention(self, value: float, rng: np.random.Generator) -> float:
         """The temperature as one more gene, where it is searched."""
         low, high = self.space.attention_bounds
-        if self.settings.mutation == "random":
-            return float(rng.uniform(low, high))
         if low == high or rng.random() >= self.settings.mutation_probability:
             return value
         return float(np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high))

@@ -7,10 +7,11 @@ what an autoscaler sees.
 import logging
 import math
 import os
+import re
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class Scorer:
         return result.nll_sum, result.num_tokens, result.correct, result.seconds
 
 
+# torch's words, those of Ray's memory monitor, and its name for what that one did
+_MEMORY = re.compile(r"out[ _]?of[ _]?memory|low on memory", re.IGNORECASE)
+
+
 class Decision(Enum):
     """What to do about a failed unit or start."""
 
@@ -94,8 +99,7 @@ def decide(
         max_attempts: how often it may be.
         fitted: whether this scorer has scored units before, so that memory was enough.
     """
-    lowered = message.lower()
-    if "out of memory" in lowered or "outofmemory" in lowered:
+    if _MEMORY.search(message):
         hint = "the model at this length does not fit: set scorer.gpus_per_scorer or lower scorer.mlp_chunk_tokens, " \
                "model.dtype = 'bfloat16', or fewer scorers (scorer.num_scorers)"  # fmt: skip
         again = (kind == "died" or fitted) and attempts < max_attempts
@@ -150,6 +154,7 @@ class ScorerPool:
         self._asked: dict[Future[Any], _Slot] = {}  # answer that has not come yet -> who owes it
         self._answers: SimpleQueue[Future[Any]] = SimpleQueue()  # those that have come, some of them nobody's any more
         self._scores: list[Score] = []  # that have come in; another's failure loses none of them
+        self._stopped: StoppedError | None = None  # a failure among the answers that will not mend
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
         self._disputed: dict[tuple[str, str, int], str] = {}  # unit -> who said that its score is not finite
@@ -181,23 +186,29 @@ class ScorerPool:
         self._dispatch()
         with suppress(Empty):
             self._answers.put(self._answers.get(timeout=1.0 if self._asked else 0.2))
-        scores = self.flush()
+        self._gather()
+        if self._stopped is not None:
+            raise self._stopped
         self._check_starting()
         self._dispatch()
-        return scores
+        return self.flush()
 
     def flush(self) -> list[Score]:
-        """Scores that have come in by now; hands out nothing new.
-
-        Raises:
-            StoppedError: if a failure will not mend.
-        """
-        while not self._answers.empty():
-            answer = self._answers.get()
-            if answer in self._asked and (score := self._collect(answer)):
-                self._scores.append(score)
+        """Scores that have come in by now, whatever failed beside them; hands out nothing new."""
+        self._gather()
         scores, self._scores = self._scores, []
         return scores
+
+    def _gather(self) -> None:
+        while not self._answers.empty():
+            answer = self._answers.get()
+            if answer not in self._asked:
+                continue
+            try:
+                if score := self._collect(answer):
+                    self._scores.append(score)
+            except StoppedError as error:
+                self._stopped = self._stopped or error
 
     def counts(self) -> dict[str, int]:
         """Scorers by state."""
@@ -304,8 +315,7 @@ class ScorerPool:
         Raises:
             StoppedError: if the failure will not mend.
         """
-        lines = message.strip().splitlines()  # an exception's own words come last, those of Ray about a death first
-        message = textwrap.shorten(lines[-1 if kind == "raised" else 0], 240)
+        memory = _MEMORY.search(message) is not None
         if unit is None:
             self._failed_starts += not blameless
             attempts = self._failed_starts
@@ -313,6 +323,11 @@ class ScorerPool:
         else:
             attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + (not blameless)
         decision, hint = decide(kind, message, attempts, self._settings.max_attempts, fitted=slot.num_scored > 0)
+        lines = message.strip().splitlines() or [
+            ""
+        ]  # an exception's own words come last, Ray's reason of a death inside
+        reasons = [line for line in lines if "because" in line or (memory and _MEMORY.search(line))]
+        message = textwrap.shorten(lines[-1] if kind == "raised" else " ".join(reasons or lines[:1]), 240)
         others_work = unit is None and any(s.stage in ("idle", "busy") for s in self._slots.values())
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"
         if decision is Decision.STOP and not others_work:
@@ -320,10 +335,7 @@ class ScorerPool:
         log.warning("%s %s while %s: %s; %s", slot.name, kind, doing, message, hint)
         if unit is not None:
             self._requeue(unit)
-        if kind == "raised" and unit is not None and "memory" not in message.lower():
-            self._enter(slot, "idle")
-        else:  # gone, of no use, or out of memory, which a fresh process may have
-            self._drop(slot)
+        self._drop(slot)  # gone, or of no use: one that raised would fail the next unit as fast, and take all of them
 
     def _requeue(self, unit: Unit) -> None:
         self._queue.appendleft(unit)
@@ -345,7 +357,7 @@ class ScorerPool:
         now = time.monotonic()
         if now - self._resized < RESIZE_SECONDS or now < self._next_start:
             return
-        wanted = self._num_scorers or capacity(ray.cluster_resources(), self._resources)
+        wanted = self._num_scorers or capacity(node_resources(), self._resources)
         waiting = [s for s in self._slots.values() if s.stage == "placing"]
         for slot in waiting[: max(len(self._slots) - wanted, 0)]:
             self._drop(slot)  # the cluster shrank while it waited for a place
@@ -384,9 +396,16 @@ class ScorerPool:
             )
 
 
-def capacity(cluster: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many actors of ``resources`` each a cluster has room for."""
-    return int(min(cluster.get(name, 0) / amount + 1e-9 for name, amount in resources.items() if amount))
+def capacity(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:
+    """How many actors of ``resources`` each the nodes have room for; none spans two."""
+    return sum(
+        int(min(node.get(name, 0) / amount + 1e-9 for name, amount in resources.items() if amount)) for node in nodes
+    )
+
+
+def node_resources() -> list[Mapping[str, float]]:
+    """What each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _brief(cluster: Mapping[str, float]) -> dict[str, float]:

@@ -103,8 +103,8 @@ class Race:
 
     @property
     def num_units_saved(self) -> int:
-        """Units never scored because their candidate was stopped."""
-        return sum(self._num_samples - len(self._scores[id]) for id in self._lost)
+        """Units never handed out because their candidate was stopped."""
+        return sum(self._num_samples - len(self._scores[id]) - len(self._pending[id]) for id in self._lost)
 
     @property
     def num_units_left(self) -> int:

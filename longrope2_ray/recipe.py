@@ -6,6 +6,7 @@ Field descriptions below are the reference; ``longrope2 recipe`` prints them.
 import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -117,7 +118,12 @@ class SearchSection(Section):
         "tails drawn uniformly, or tails of one to four steps.",
     )
     mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
-    mutation_step: float = Field(0.25, gt=0, le=1, description="Step of 'local' in widths of the tail's bounds.")
+    mutation_step: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Step of 'local', 'block' and a searched attention factor, in widths of their bounds.",
+    )
     shift_probability: float = Field(
         0.25, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
     )
@@ -130,7 +136,9 @@ class SearchSection(Section):
         0, ge=0, description="Survivors kept for each critical dimension before the global top k; 0 is the paper."
     )
     tail_bounds: tuple[float, float] = Field(
-        (1.0, 2.0), description="Lowest and highest factor of the tail in units of the extension ratio."
+        (1.0, 2.0),
+        description="Lowest and highest factor of the tail in units of the extension ratio; the lowest is a factor of 1 where "
+        "every dimension is searched.",
     )
     critical_dims: tuple[int, int] | None = Field(
         None, description="First and last critical dimension (cosine index) tried; d_10 ... d_tcd unless given."
@@ -170,8 +178,9 @@ class SearchSection(Section):
     def _apply_preset(cls, data: Any) -> Any:
         if isinstance(data, dict):
             preset = dict(PRESETS.get(str(data.get("preset", "default")), {}))
-            if "top_k" not in data and "top_k" in preset and isinstance(size := data.get("population_size"), int):
-                preset["top_k"] = min(preset["top_k"], size)
+            size = str(data.get("population_size", ""))  # a string on the command line
+            if "top_k" not in data and size.isdecimal():
+                preset["top_k"] = min(preset.get("top_k", cls.model_fields["top_k"].default), max(int(size), 1))
             return {**preset, **data}
         return data
 
@@ -249,6 +258,13 @@ class ReportSection(NeedleSection):
     attention_factors: list[AttentionFactor] = Field(
         [], description="Attention factors of the tables; the winner's unless given."
     )
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> "ReportSection":
+        for factor in self.attention_factors:
+            if not isinstance(factor, str) and factor <= 0:
+                raise ValueError(f"attention_factors: expected positive numbers, su, yarn or search, got {factor}")
+        return self
 
 
 class ScorerSection(Section):
@@ -403,11 +419,6 @@ class Recipe(BaseSettings):
             raise ValueError(
                 "report.seed: expected another seed or another text than needles', so that what is reported is held out"
             )
-        original = self.model.original_length or (self.model.shape and self.model.shape.original_length)
-        if original and self.search.target_length <= original:
-            raise ValueError(
-                f"search.target_length: expected more than the original length {original}, got {self.search.target_length}"
-            )
         return self
 
 
@@ -440,8 +451,9 @@ def find_recipe(name: str) -> Path:
         RecipeError: if there is neither.
     """
     for path in (Path(name), RECIPES / f"{name}.toml", RECIPES.parent.parent / "jobs" / "recipes" / f"{name}.toml"):
-        if path.is_file():
-            return path
+        with suppress(OSError):  # a name that is too long for a file's
+            if path.is_file():
+                return path
     shipped = sorted(p.stem for d in (RECIPES, RECIPES.parent.parent / "jobs" / "recipes") for p in d.glob("*.toml"))
     raise RecipeError(
         f"recipe: expected a TOML file or one of {', '.join(shipped)}, got {name!r}, which does not exist"
@@ -460,7 +472,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for key in data:
             if key.startswith("_"):  # pydantic-settings would take it as an argument of its own
                 raise RecipeError(f"{path}:\n  {key}: unknown recipe field")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe: expected TOML in {path}, got {error}") from error
     try:
         return Recipe(**_merge(data, _overrides(overrides)))

@@ -275,7 +275,9 @@ class ReportWriter:
     def __init__(
         self, run_dir: RunDir, write: Callable[[RunDir], object] = write_report, min_seconds: float = REFRESH_SECONDS
     ):
-        self._run_dir, self._report, self._min_seconds = run_dir, write, min_seconds
+        # Eyes of its own: what a driver compacts away is what the driver itself has read.
+        self._run_dir = RunDir(run_dir.url, patience_seconds=run_dir.patience_seconds)
+        self._report, self._min_seconds = write, min_seconds
         self._thread: threading.Thread | None = None
         self._due = 0.0
         self._warned = False

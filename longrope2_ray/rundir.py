@@ -101,9 +101,13 @@ def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
         except (FileNotFoundError, FileExistsError, NotADirectoryError):
             raise
         except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS:
+            if (
+                not isinstance(error, (OSError, ImportError))
+                and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS
+            ):
                 raise
-            mends = not isinstance(error, (PermissionError, IsADirectoryError))
+            # ImportError: the client of such URLs is not installed
+            mends = not isinstance(error, (PermissionError, IsADirectoryError, ImportError))
             if not mends or time.monotonic() - began + pause > patience_seconds:
                 raise RunDirError(
                     f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
@@ -136,8 +140,8 @@ class RunDir:
         self._folders = tuple(folders)
         self.path = UPath(url)
         self.local = self.path.protocol in ("", "file", "local")
-        if not self.local:
-            self.path = UPath(url, use_listings_cache=False)  # others write here too
+        # others write here too; and open() knows no file://
+        self.path = UPath(self.path.path) if self.local else UPath(url, use_listings_cache=False)
         self._corrupt: set[str] = set()
         self._segments: set[str] = set()  # of the ledger, read or written here
         self._run = ""  # digest of recipe and fingerprints, known once the directory is opened
@@ -149,8 +153,9 @@ class RunDir:
             for name in ("", *self._folders):
                 self._make_folder(name)
             self.write_bytes(".probe", b"x")
-            self._patiently((self.path / ".probe").unlink, f"write to {self.path}")
-        except (OSError, ImportError) as error:  # ImportError: the client of such URLs is not installed
+            probe = self.path / ".probe"  # which another driver may have removed
+            self._patiently(partial(probe.unlink, missing_ok=True), f"write to {self.path}")
+        except (OSError, ImportError) as error:
             raise RunDirError(
                 f"--run-dir: expected a directory that can be written, got {self.url}: {error}"
             ) from error
@@ -387,6 +392,7 @@ class RunDir:
 
     def write_generation(self, index: int, payload: Mapping[str, Any]) -> None:
         """Keep one closed generation; written again after a resume it holds the same bytes."""
+        self.require_ownership()
         self.write_json(f"generations/{index:04d}.json", {"run": self._run, **payload})
 
     def generations(self) -> list[dict[str, Any]]:

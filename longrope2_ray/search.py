@@ -4,6 +4,7 @@ Everything that the loop needs to go on after a kill is in the ledger: a resumed
 most answers there.
 """
 
+import logging
 import math
 import statistics
 import time
@@ -23,6 +24,8 @@ from longrope2_ray.recipe import Recipe, SearchSection, StoppedError
 from longrope2_ray.rope import RopeGeometry
 from longrope2_ray.rundir import FencedError, RunDir, RunDirError, Score
 
+log = logging.getLogger("longrope2")
+
 SEARCH_SET = "search"
 STATUS_SECONDS = 2.0
 
@@ -30,6 +33,12 @@ STATUS_SECONDS = 2.0
 def report_set(length: int) -> str:
     """Name of the held-out needle set of a length."""
     return f"report@{length}"
+
+
+def rescaled_length(length: int, target_length: int, original_length: int) -> int:
+    """The length that a baseline is made for where it is reported at ``length``: at least the target's, which is what
+    would be served."""
+    return max(length, target_length, original_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +162,8 @@ class SearchRun:
         self._ahead = Ahead(self._evolution, recipe.search, num_samples, partial(self._known, SEARCH_SET))
         self._report_ahead: deque[Unit] = deque()  # rows of the tables that idle scorers may take
         self._guessed = ""  # whose rows are in there
+        self._to_commit: list[Score] = []
+        self._blind: list[Observer] = []  # observers that have failed; no view is worth a search
         self._began, self._last_status = time.monotonic(), 0.0
         self._recent: deque[float] = deque(maxlen=200)
         self._units_here = 0
@@ -161,18 +172,24 @@ class SearchRun:
     def run(self) -> dict[str, Any]:
         """Search, compare, and write ``winner.json``; returns its content.
 
-        Whatever ends it early, scores that have come in by then are committed.
+        If it is interrupted or cannot go on, scores that have come in by then are committed, where storage allows.
         """
         try:
             return self._run()
-        except (KeyboardInterrupt, StoppedError) as error:
-            if not isinstance(error, FencedError):
-                self.status.state = "stopped" if isinstance(error, StoppedError) else "interrupted"
-                self._run_dir.patience_seconds = 0.0  # whoever asked for an end may not wait long for it
-                with suppress(StoppedError, RunDirError):
-                    self._commit(self._scorers.flush())
-                    self.status.units_done = len(self._ledger)
-                    self._tell_observer("end")
+        except FencedError:
+            raise
+        except (KeyboardInterrupt, StoppedError, RunDirError) as error:
+            self.status.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            self._run_dir.patience_seconds = 0.0  # whoever asked for an end may not wait long for it
+            with suppress(StoppedError, RunDirError):
+                if self._to_commit:  # an end in the middle of a commit: it may be whole
+                    held = self._run_dir.load_scores()
+                    self._to_commit = [score for score in self._to_commit if score.key not in held]
+                self._to_commit += self._scorers.flush()
+                self._commit()
+            with suppress(StoppedError, RunDirError):
+                self.status.units_done = len(self._ledger)
+                self._tell_observer("end")
             raise
 
     def _run(self) -> dict[str, Any]:
@@ -213,7 +230,8 @@ class SearchRun:
                     race.add(id, sample, nll)
         while not race.finished:
             self._hand_out(self._units(race, vectors, needle_set))
-            scores = self._commit(self._scorers.wait())
+            self._to_commit += self._scorers.wait()
+            scores = self._commit()
             for score in scores:
                 if score.needle_set == needle_set:
                     race.add(score.vector_id, score.sample, _nll_of(score))
@@ -222,9 +240,10 @@ class SearchRun:
             self._count(scores, race)
         self._refresh(race)
 
-    def _commit(self, scores: Sequence[Score]) -> Sequence[Score]:
-        """Scores into the ledger, on disk first."""
-        self._run_dir.append_scores(scores)
+    def _commit(self) -> Sequence[Score]:
+        """Scores that have come in into the ledger, on disk first."""
+        self._run_dir.append_scores(self._to_commit)
+        scores, self._to_commit = self._to_commit, []
         for score in scores:
             self._under_way.discard(score.key)
             if score.key not in self._ledger:
@@ -323,9 +342,15 @@ class SearchRun:
         return left * self.status.elapsed_seconds / self._units_here
 
     def _tell_observer(self, event: str) -> None:
+        self._run_dir.require_ownership()
         self._run_dir.write_json("status.json", asdict(self.status))
         for observe in self._observers:
-            observe(self.status, event)
+            try:
+                observe(self.status, event)
+            except (Exception, SystemExit) as error:  # rich leaves a terminal that is gone by SystemExit
+                if observe not in self._blind:
+                    log.warning("%s: %s; the search goes on", type(error).__name__, error)
+                self._blind.append(observe)
 
     def _close_generation(self, index: int, candidates: Sequence[Candidate], race: Race) -> None:
         generation, tokens = self._evolution.generation, sum(self._num_tokens[SEARCH_SET])
@@ -379,7 +404,7 @@ class SearchRun:
                         vector = baseline(
                             method,
                             geometry,
-                            max(length, target, original),
+                            rescaled_length(length, target, original),
                             critical_dim=dim if method in WITH_CRITICAL_DIM else None,
                             attention_factor=temperature,
                         )

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny
 
+from longrope2_ray import driver
 from longrope2_ray.cli import main
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_factors.json").read_text())["vectors"]
@@ -110,7 +112,7 @@ def test_the_recipe_reference_names_every_section(capsys):
         (["plan", "llama3_8b_128k", "--accelerator", "abacus"], ["--accelerator", "abacus"]),
         (["factors", "--method", "magic", *LLAMA3], ["--method", "yarn"]),
         (["factors", "--method", "pi", "--target-length", "8192"], ["--head-dim", "--model"]),
-        (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["target_length", "8192"]),
+        (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["--target-length", "8192"]),
         (["factors", "--method", "longrope2", *LLAMA3, "--critical-dim", "64"], ["--critical-dim", "63"]),
         (["score", "debug", "--factors", "/no/such/file.json"], ["--factors", "/no/such/file.json"]),
         (["report", "/no/such/run"], ["RUN_DIR", "/no/such/run"]),
@@ -206,6 +208,29 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_pat
     assert "not monotone" in result.stderr
     assert len(body["nll_per_sample"]) == 2
     assert body["ppl"] > 1
+
+
+def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsys, monkeypatch):
+    seen = {}
+
+    def not_finite(prepared, vectors):
+        seen.update(vectors)
+        return {name: {"ppl": None, "accuracy": 0.0, "nll_per_sample": [None], "num_tokens": 8} for name in vectors}
+
+    monkeypatch.setattr(driver, "ray_session", nullcontext)
+    monkeypatch.setattr(driver, "score_vectors", not_finite)
+    options = ["--report.lengths", "[256, 2048]", "--report.num-samples", "1", "--attention-factor", "1.2"]
+    assert main(["score", "debug", "--factors", "pi", *options]) == 0
+    assert "pi on report@2048, attention factor 1.2: needle perplexity not finite" in capsys.readouterr().out
+    first = {name: vector.values[0] for name, vector in seen.items()}
+    assert first == {
+        "report@256": 4.0,
+        "report@2048": 8.0,
+    }  # at least the target's ratio, which is what would be served
+    assert {vector.attention_factor for vector in seen.values()} == {1.2}
+    for number in ("nan", "0", "-1", "inf", "x", "search"):
+        said = mistake(capsys, "score", "debug", "--factors", "pi", "--attention-factor", number)
+        assert f"--attention-factor: expected a positive number, su or yarn, got '{number}'" in said
 
 
 def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_the_same(tmp_path):

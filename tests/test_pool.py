@@ -41,6 +41,7 @@ class ToyScorer:
     def ready(self) -> None:
         if self.start == "fails" or (self.start == "first-fails" and self._first("start")):
             raise ValueError("model.path: expected a model, got nothing")
+        self.broken = self.start == "first-broken" and self._first("start")
         if self.start == "first-hangs" and self._first("start"):
             time.sleep(300)
 
@@ -53,6 +54,10 @@ class ToyScorer:
         return True
 
     def score(self, needle_set: str, sample: int, values, attention_factor: float, start_tokens: int):
+        if self.broken:
+            raise RuntimeError("uncorrectable ECC error")
+        if needle_set == "slow":
+            time.sleep(1)
         first_time = self._first(f"{needle_set}-{sample}")
         if needle_set == "raises-once" and first_time:
             raise OSError("a disk hiccup")
@@ -112,6 +117,16 @@ def test_a_unit_that_fails_once_is_requeued_and_the_others_are_not_disturbed(tmp
     scores = drain(pool, 3)
     assert sorted(scores) == [0, 1, 2]
     assert pool.losses()["requeued"] == 3
+    pool.close()
+
+
+def test_a_scorer_that_is_broken_is_replaced_and_does_not_fail_the_unit_again(tmp_path):
+    pool = toy_pool(tmp_path, start="first-broken", max_attempts=2)
+    while pool.counts()["idle"] < 2:
+        pool.wait()
+    submit(pool, "slow", 6)  # the healthy one is busy while the broken one would fail one unit after another
+    assert sorted(drain(pool, 6)) == list(range(6))
+    assert pool.losses()["requeued"] == 1
     pool.close()
 
 
@@ -187,13 +202,13 @@ def test_a_unit_that_always_fails_stops_the_run_with_its_reason(tmp_path):
 
 
 def test_what_came_in_with_a_failure_that_stops_the_run_is_not_lost(tmp_path):
-    pool = toy_pool(tmp_path, max_attempts=1)
-    while pool.counts()["idle"] < 2:
+    pool = toy_pool(tmp_path, num_scorers=4, max_attempts=1)
+    while pool.counts()["idle"] < 4:
         pool.wait()
-    submit(pool, "plain", 1)
-    pool.submit(Unit("vector", "raises-always", 1, ONES))
+    submit(pool, "raises-always", 3)  # as where a model does not fit: all at once
+    pool.submit(Unit("vector", "plain", 3, ONES))
     began = time.monotonic()
-    while pool._answers.qsize() < 2:
+    while pool._answers.qsize() < 4:
         assert time.monotonic() - began < 60
         time.sleep(0.01)
     with pytest.raises(StoppedError, match="a broken disk"):
@@ -218,6 +233,15 @@ def test_scorers_that_never_come_up_stop_the_run_with_the_reason(tmp_path):
     pool.close()
 
 
+def test_what_ray_says_about_memory_is_memory():
+    """Its words for a process that the node's memory monitor killed, and for a task of one."""
+    for words in ("Task was killed due to the node running low on memory.",
+                  "The actor died.\n\tclass_name: Scorer\nThe actor is dead because its worker process has died. "
+                  "Worker exit type: NODE_OUT_OF_MEMORY"):  # fmt: skip
+        assert "scorer.mlp_chunk_tokens" in decide("died", words, 3, 3)[1]
+    assert "memory" not in decide("died", "The actor died unexpectedly before finishing this task.", 3, 3)[1]
+
+
 def test_decisions_are_retry_until_attempts_are_used_up():
     assert decide("died", "node lost", 1, 3)[0] is Decision.RETRY
     assert decide("died", "node lost", 3, 3)[0] is Decision.STOP
@@ -225,9 +249,10 @@ def test_decisions_are_retry_until_attempts_are_used_up():
 
 
 def test_capacity_counts_whole_scorers():
-    assert capacity({"CPU": 8, "GPU": 3}, {"CPU": 1, "GPU": 2}) == 1
-    assert capacity({"CPU": 2}, {"CPU": 1, "GPU": 0}) == 2
-    assert capacity({"CPU": 2}, {"CPU": 1, "GPU": 1}) == 0
+    assert capacity([{"CPU": 8, "GPU": 3}], {"CPU": 1, "GPU": 2}) == 1
+    assert capacity([{"CPU": 2}], {"CPU": 1, "GPU": 0}) == 2
+    assert capacity([{"CPU": 2}], {"CPU": 1, "GPU": 1}) == 0
+    assert capacity([{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], {"CPU": 2, "GPU": 0}) == 3  # and not 9 / 2
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2}) == {"CPU": 1, "GPU": 0}
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2, "GPU": 8}) == {"CPU": 1, "GPU": 1}
 

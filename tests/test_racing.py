@@ -267,12 +267,12 @@ def test_without_racing_every_sample_of_every_finite_candidate_is_scored(
 
 
 @settings(max_examples=50, deadline=None)
-@given(case=cases(max_niche=0), rng=st.randoms(use_true_random=False))
-def test_one_scorer_accounts_for_every_unit(case: Case, rng: random.Random) -> None:
+@given(case=cases(max_niche=0), width=st.integers(1, 9), rng=st.randoms(use_true_random=False))
+def test_every_unit_is_handed_out_or_saved(case: Case, width: int, rng: random.Random) -> None:
     race = case.race()
     assert race.num_units_left == case.num_units
-    spent = drive(race, case, 1, rng)
-    assert len(spent) + race.num_units_saved == case.num_units
+    handed_out = drive(race, case, width, rng)
+    assert len(handed_out) + race.num_units_saved == case.num_units  # those under way at the end are scored, not saved
 
 
 @settings(max_examples=40, deadline=None)

@@ -96,6 +96,12 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         ("[report]\nseed = 0\ntext = ['bundled:search']", "report.seed", "held out"),
         ("[report]\nlengths = [0]", "report.lengths", "0"),
         ("[report]\nattention_factors = ['x']", "report.attention_factors", "'x'"),
+        (
+            "[report]\nattention_factors = [-1]",
+            "report.attention_factors",
+            "positive numbers, su, yarn or search, got -1.0",
+        ),
+        ("[needles]\ntext = ['']", "needles.text", "''"),
         ("[scorer]\nthreads = 0", "scorer.threads", "0"),
         ("[scorer]\ngpus_per_scorer = -1", "scorer.gpus_per_scorer", "-1"),
         ("[scorer]\ncpus_per_scorer = 'many'", "scorer.cpus_per_scorer", "'many'"),
@@ -118,7 +124,6 @@ def test_a_wrong_field_gives_one_line_that_names_it(tmp_path: Path, added: str, 
         (BASE.replace('path = "somewhere"\n', ""), "model.path", "missing"),
         (BASE.replace("target_length = 1024\n", ""), "search.target_length", "missing"),
         (BASE.replace("1024", "'long'"), "search.target_length", "'long'"),
-        (BASE.replace('path = "somewhere"', 'path = "p"\noriginal_length = 1024'), "search.target_length", "got 1024"),
         (BASE.replace('path = "somewhere"', 'path = "p"\ndtype = "int8"'), "model.dtype", "'int8'"),
         ('name = "r"\nmodel = 3\n[search]\ntarget_length = 10\n', "model", "3"),
         ('name = "r"\n[model]\npath = "p"\n', "search", "missing"),
@@ -131,16 +136,6 @@ def test_a_wrong_head_of_a_recipe_gives_one_line_that_names_the_field(
     assert len(lines) == 1
     assert lines[0].startswith(f"{field}:")
     assert says in lines[0]
-
-
-def test_the_shape_of_the_recipe_counts_as_original_length(tmp_path: Path) -> None:
-    sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
-    shape = "[model.shape]\nhead_dim = 8\nrotary_dim = 8\nrope_base = 1e4\noriginal_length = 2048\n"
-    text = BASE + shape + "".join(f"{name} = 8\n" for name in sizes)
-    assert complaints(tmp_path, text)[0].startswith("search.target_length: expected more than the original length 2048")
-    assert complaints(tmp_path, text.replace("hidden_size = 8\n", "")) == [
-        "model.shape.hidden_size: missing, and it has no default"
-    ]
 
 
 def test_every_mistake_has_its_line(tmp_path: Path) -> None:
@@ -160,6 +155,8 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
         RecipeError, match=r"^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist"
     ):
         load_recipe("nowhere")
+    with pytest.raises(RecipeError, match="which does not exist"):
+        load_recipe("x" * 300)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +183,14 @@ def test_the_command_line_overrides_a_field(tmp_path: Path, overrides: list[str]
     plain = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n")))
     assert changed[field] == value
     assert {key for key in plain if plain[key] != changed[key]} <= {field}
+
+
+@pytest.mark.parametrize(("preset", "size", "top_k"), [("default", 8, 8), ("paper", 16, 16), ("paper", 64, 32)])
+def test_a_small_population_lowers_its_survivors(tmp_path: Path, preset: str, size: int, top_k: int) -> None:
+    said = (f"--search.preset={preset}", f"--search.population-size={size}")
+    assert load_recipe(write(tmp_path, BASE), said).search.top_k == top_k
+    written = load_recipe(write(tmp_path, BASE + f"preset = '{preset}'\npopulation_size = {size}\n"))
+    assert written.search.top_k == top_k
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,42 @@ def test_json_comes_back_as_written_and_nothing_else_is_left(run_dir: RunDir) ->
     assert sorted(p.name for p in run_dir.path.iterdir() if p.is_file()) == ["winner.json"]
 
 
+def test_a_file_url_is_the_same_directory_as_its_path(tmp_path: Path) -> None:
+    run_dir = RunDir(f"file://{tmp_path}/run")
+    run_dir.create()
+    begin(run_dir)
+    run_dir.append_scores([score(0)])
+    again = RunDir(str(tmp_path / "run"))
+    assert again.local
+    assert run_dir.names("scores") == again.names("scores")
+    assert RunDir(f"file://{tmp_path}/run").load_scores() == again.load_scores() != {}
+
+
+def test_a_probe_that_another_driver_removes_first_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(str(tmp_path / "run"))
+    write = run_dir.write_bytes
+
+    def written_and_gone(name: str, data: bytes) -> None:
+        write(name, data)
+        (tmp_path / "run" / name).unlink()
+
+    monkeypatch.setattr(run_dir, "write_bytes", written_and_gone)
+    run_dir.create()
+
+
+def test_a_client_that_is_not_installed_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = RunDir(str(tmp_path / "run"), patience_seconds=60)
+
+    def missing(*arguments: Any) -> bytes:
+        raise ImportError("Install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(run_dir.path), "read_bytes", missing)
+    with pytest.raises(RunDirError, match="Install gcsfs"):
+        run_dir.read_json("run.json")
+
+
 def test_what_is_not_there_is_none(run_dir: RunDir) -> None:
     assert run_dir.read_json("winner.json") is None
     run_dir.create()
@@ -340,6 +376,14 @@ def test_a_newer_driver_fences_the_older_one_off(run_dir: RunDir) -> None:
     assert segments(run_dir) == before
     newer.append_scores([score(2)])
     assert len(RunDir(run_dir.url).load_scores()) == 3
+
+
+def test_a_driver_that_is_fenced_off_closes_no_generation(run_dir: RunDir) -> None:
+    begin(run_dir)
+    begin(RunDir(run_dir.url))
+    with pytest.raises(FencedError):
+        run_dir.write_generation(0, {"index": 0})
+    assert run_dir.names("generations") == []
 
 
 def test_claims_are_ordered_by_number_whatever_the_clock_says(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import uuid
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,45 @@ def test_a_search_that_is_ended_early_commits_what_has_come_in(error: BaseExcept
     status = run_dir.status()
     assert status is not None
     assert (status["state"], status["units_done"]) == (state, 8)
+
+
+class InterruptedDir(RunDir):
+    """Somebody presses Ctrl-C in the middle of a commit: before the file is there, or just after."""
+
+    when = ""
+
+    def append_scores(self, scores: Iterable[Score]) -> None:
+        when, self.when = self.when, ""
+        if when == "before":
+            raise KeyboardInterrupt
+        super().append_scores(scores)
+        if when == "after":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_commit_that_is_interrupted_is_made_once(when: str) -> None:
+    run_dir, scorers = InterruptedDir(memory().url), ToyScorers(width=3)
+    run_dir.when = when
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(toy_recipe(), run_dir, scorers).run()
+    assert len(run_dir.names("scores")) == 1
+    assert set(RunDir(run_dir.url).load_scores()) == set(scorers.scored)
+    status = run_dir.status()
+    assert status is not None
+    assert status["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("nobody reads"), SystemExit(1)])
+def test_an_observer_that_fails_ends_no_search(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    def blind(status: Status, event: str) -> None:
+        raise error
+
+    seen: list[str] = []
+    run_dir = memory()
+    toy_run(toy_recipe(), run_dir, ToyScorers(), [blind, lambda status, event: seen.append(event)]).run()
+    assert winner_bytes(run_dir) == winner_bytes(finished(ToyScorers()))
+    assert seen[-1] == "end"
+    assert [record.getMessage() for record in caplog.records if "the search goes on" in record.getMessage()] == [
+        f"{type(error).__name__}: {error}; the search goes on"
+    ]
