@@ -34,8 +34,7 @@ cluster-demo: $(STAMP)
 
 smollm2: $(VENV)/.smollm2
 	$(BIN)/longrope2 search smollm2_135m
-	$(BIN)/longrope2 search smollm2_135m --search.target-length 16384 --search.iterations 0 \
-		--search.attention-factor 1 --report.num-samples 2 --run-dir runs/smollm2_135m_16k
+	$(BIN)/longrope2 search smollm2_135m --search.target-length 16384 --search.iterations 2 --run-dir runs/smollm2_135m_16k
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
