@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo demo-train cluster-demo test lint smollm2 clean
 
-# PyTorch first, on its own: the pinned release installs as a CPU build, and nothing later asks for another one.
+# PyTorch first, on its own: whether it is the CPU build or the CUDA one (which also runs on CPUs) is the package index's choice.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch

@@ -1,7 +1,7 @@
 """The methods that LongRoPE2 is compared with, each as a plain factor vector."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -103,6 +103,17 @@ WITH_CRITICAL_DIM: dict[str, Callable[[RopeGeometry, int, int], np.ndarray]] = {
     "longrope2": longrope2_start,
 }
 METHODS = (*PLAIN, *WITH_CRITICAL_DIM)
+
+
+def require_methods(names: Iterable[str]) -> None:
+    """Refuse a row of the tables that there is no method for.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    unknown = sorted(set(names) - set(METHODS))
+    if unknown:
+        raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
 
 
 def baseline(

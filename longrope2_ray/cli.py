@@ -212,6 +212,7 @@ def _factors(arguments: argparse.Namespace) -> None:
         critical_dim=arguments.critical_dim,
         attention_factor=_temperature(arguments.attention_factor, geometry, arguments.target_length),
     )
+    _say_what_longrope2_is(arguments.method)
     body = {
         "method": arguments.method,
         "factors": vector.values.tolist(),
@@ -231,6 +232,12 @@ def _factors(arguments: argparse.Namespace) -> None:
         print(f"{dim:>4} {period:>16.1f} {factor:>12.6g}")
 
 
+def _say_what_longrope2_is(method: str) -> None:
+    if method == "longrope2":
+        print("note: longrope2 by name is a vector that a search starts from, not what one found; that is in its winner.json",
+              file=sys.stderr)  # fmt: skip
+
+
 def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
     if arguments.model:
         from longrope2_ray.model import read_spec
@@ -240,7 +247,7 @@ def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
     for name in ("head_dim", "base", "original_length"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name.replace('_', '-')}: missing; give it, or --model to read it from a model")
-    rotary = arguments.rotary_dim or arguments.head_dim
+    rotary = arguments.head_dim if arguments.rotary_dim is None else arguments.rotary_dim
     return RopeGeometry(arguments.head_dim, rotary, arguments.base, arguments.original_length)
 
 
@@ -294,6 +301,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.attention_factor is not None:
         number = _temperature(arguments.attention_factor, geometry, length)
         vectors = {name: replace(vector, attention_factor=number) for name, vector in vectors.items()}
+    _say_what_longrope2_is(arguments.factors)
     with driver.ray_session():
         results = driver.score_vectors(prepared, vectors)
     for needle_set, result in results.items():

@@ -32,6 +32,7 @@ from longrope2_ray.packing import (
     Segment,
     Taken,
     band_of,
+    check_bands,
     content_digest,
     pack,
     quotas_of,
@@ -101,14 +102,7 @@ def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
     original = read_spec(model.path, original_length=model.original_length, **model.reading).original_length
     if length <= original:
         raise ValueError(f"search.target_length: expected more than the original length {original}, got {length}")
-    windows = windows_of(data.bands, original)
-    for window in dict.fromkeys(windows):
-        tokens = sum(band.tokens for band, its in zip(data.bands, windows, strict=True) if its == window)
-        if tokens < length * data.num_shards:
-            raise ValueError(
-                f"data.num_shards: expected at most {tokens // length}, so that each shard holds a segment of {length} "
-                f"of the {tokens} tokens in {window} bands, got {data.num_shards}"
-            )
+    check_bands(data, length, original)
     found = {source.name: find_files(source) for source in data.sources}
     settings: dict[str, Any] = {"data.seed": data.seed, "data.num_shards": data.num_shards}
     packing: dict[str, Any] = {"search.target_length": length, "model.original_length": original}

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlparse
 
-from longrope2_ray.baselines import METHODS
+from longrope2_ray.baselines import require_methods
 from longrope2_ray.evolution import Evolution, SearchSpace
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.needles import NeedleSample, build_needle_set, needle_fingerprint
@@ -51,9 +51,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     from longrope2_ray.model import check_attention, load_tokenizer, model_fingerprint, read_spec, require_sight
 
-    unknown = sorted(set(recipe.report.methods) - set(METHODS))
-    if unknown:
-        raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    require_methods(recipe.report.methods)
     model, target = recipe.model, recipe.search.target_length
     check_attention(model.attention, model.device)
     spec = read_spec(model.path, original_length=model.original_length, **model.reading)
@@ -61,15 +59,20 @@ def prepare(recipe: Recipe) -> Prepared:
     Evolution(SearchSpace.from_recipe(spec.geometry, recipe.search), recipe.search)
     tokenizer: Any = load_tokenizer(model.path, **model.files)
 
-    def samples(section: NeedleSection, length: int) -> list[NeedleSample]:
-        books = load_books(section.text)
+    def samples(name: str, section: NeedleSection, length: int) -> list[NeedleSample]:
         return build_needle_set(
-            tokenizer, books, length=length, num_samples=section.num_samples, seed=section.seed, depth=section.depth
+            tokenizer,
+            load_books(section.text, f"{name}.text"),
+            length=length,
+            num_samples=section.num_samples,
+            seed=section.seed,
+            depth=section.depth,
+            section=name,
         )
 
-    needle_sets = {SEARCH_SET: samples(recipe.needles, target)}
+    needle_sets = {SEARCH_SET: samples("needles", recipe.needles, target)}
     for length in recipe.report.lengths or [target]:
-        needle_sets[report_set(length)] = samples(recipe.report, length)
+        needle_sets[report_set(length)] = samples("report", recipe.report, length)
     fingerprints = {f"needles {name}": needle_fingerprint(s) for name, s in needle_sets.items()}
     return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **model.files), **fingerprints})
 

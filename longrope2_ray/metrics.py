@@ -6,6 +6,7 @@ Metrics come from the driver only: a gauge vanishes with its process, and scorer
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -50,13 +51,16 @@ class RayMetrics:
         self._gauges = {name: gauge(name, description) for name, description in GAUGES.items()}
         self._survivors = gauge("survivors", "Survivors by critical dimension", "critical_dim")
         self._scorers = gauge("scorers", "Scorers by state", "state")
-        self._committed = gauge("last_commit_timestamp_seconds", "Unix time of the last commit to the ledger")
+        self._committed = gauge(
+            "last_commit_timestamp_seconds", "Unix time of the last commit to the ledger, or of the driver's start"
+        )
         self._counters = {
             name: Counter(f"longrope2_{name}", description=description, tag_keys=("run",))
             for name, (_, description) in COUNTERS.items()
         }
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._dims: set[str] = set()
+        self._committed.set(time.time(), self._tags)  # a driver whose first unit never comes is told by it too
         for counter in self._counters.values():
             counter._record(0, self._tags)  # inc refuses 0, and Prometheus sees no increase from nothing to 1
 

@@ -379,7 +379,7 @@ def check_attention(attention: str, device: str) -> None:
         if importlib.util.find_spec("flash_attn") is None:
             raise ValueError(
                 "model.attention: expected the package flash-attn for 'flash_attention_2', got none; "
-                "pip install 'longrope2_ray[gpu]' or set model.attention = 'sdpa'"
+                "pip install --no-build-isolation 'longrope2_ray[gpu]' or set model.attention = 'sdpa'"
             )
 
 

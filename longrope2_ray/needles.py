@@ -106,6 +106,7 @@ def build_sample(
     value: str,
     depth: float,
     book: str = "",
+    section: str = "needles",
 ) -> NeedleSample:
     """One sample of exactly ``length`` tokens around as much of ``document_ids`` as fits.
 
@@ -119,11 +120,11 @@ def build_sample(
     room = length - len(head) - len(needle) - len(question) - len(answer)
     if room < 0:
         raise ValueError(
-            f"search.target_length: expected at least {length - room} tokens (instruction, needle, question and answer "
+            f"{'report.lengths' if section == 'report' else 'search.target_length'}: expected at least {length - room} tokens (instruction, needle, question and answer "
             f"of this tokenizer), got {length}"
         )
     if len(document_ids) < room:
-        raise ValueError(f"needles.text: expected a document of {room} tokens for a target length of {length}, "
+        raise ValueError(f"{section}.text: expected a document of {room} tokens for a target length of {length}, "
                          f"got {len(document_ids)} in {book or 'the text'}; add longer text")  # fmt: skip
     document = list(document_ids[:room])
     cut = round(depth * room)
@@ -139,18 +140,20 @@ def build_needle_set(
     num_samples: int,
     seed: int,
     depth: str | float = "start",
+    section: str = "needles",
 ) -> list[NeedleSample]:
     """``num_samples`` documents from different books (as far as there are enough), all drawn from ``seed``.
 
     Args:
         depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code does), or a fixed
             number in 0 ... 1.
+        section: of the recipe, for messages.
 
     Raises:
         ValueError: if no book is long enough, or the tokenizer does not give an answer back.
     """
     if not books:
-        raise ValueError("needles.text: expected at least one book, got none")
+        raise ValueError(f"{section}.text: expected at least one book, got none")
     rng = random.Random(f"needles/{seed}")
     order = list(range(len(books)))
     rng.shuffle(order)
@@ -167,7 +170,7 @@ def build_needle_set(
     while len(samples) < num_samples:
         if not order:
             raise ValueError(
-                f"needles.text: expected at least one book of {length} tokens (the target length), "
+                f"{section}.text: expected at least one book of {length} tokens (the target length), "
                 f"the longest of {len(books)} has {longest}; add longer text or lower search.target_length"
             )
         index = order[turn % len(order)]
@@ -189,6 +192,7 @@ def build_needle_set(
                 value=draw_value(rng),
                 depth=float(depth) if where is None else where,
                 book=books[index].name,
+                section=section,
             )
         )
     return samples

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longrope2_ray.recipe import BandSection, SourceSection
+from longrope2_ray.recipe import BandSection, DataSection, SourceSection
 from longrope2_ray.rundir import RunDir, patiently
 
 Window = Literal["short", "long"]
@@ -53,6 +53,22 @@ def windows_of(bands: Sequence[BandSection], original_length: int) -> list[Windo
                 f"{low + 1} to {high} tokens; add a band with max_tokens = {original_length}"
             )
     return ["short" if band.max_tokens <= original_length else "long" for band in bands]
+
+
+def check_bands(data: DataSection, length: int, original_length: int) -> None:
+    """Refuse bands that cannot be packed into segments of ``length`` tokens; cheap, for whoever plans to call first.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    windows = windows_of(data.bands, original_length)
+    for window in dict.fromkeys(windows):
+        tokens = sum(band.tokens for band, its in zip(data.bands, windows, strict=True) if its == window)
+        if tokens < length * data.num_shards:
+            raise ValueError(
+                f"data.num_shards: expected at most {tokens // length}, so that each shard holds a segment of {length} "
+                f"of the {tokens} tokens in {window} bands, got {data.num_shards}"
+            )
 
 
 def band_of(num_tokens: np.ndarray, bands: Sequence[BandSection]) -> np.ndarray:

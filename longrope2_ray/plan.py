@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from longrope2_ray.baselines import require_methods
 from longrope2_ray.evolution import Evolution, SearchSpace
-from longrope2_ray.recipe import Recipe
+from longrope2_ray.packing import check_bands
+from longrope2_ray.recipe import Recipe, TrainSection
 from longrope2_ray.rope import RopeGeometry
 from longrope2_ray.search import report_units
 
@@ -136,17 +138,37 @@ def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dic
     return {**parts, "total": sum(parts.values())}
 
 
+def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> None:
+    """Refuse a split that does not come out even; cheap, for the driver to call first.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    degree, batch = settings.sequence_parallel, settings.global_batch_size
+    if num_kv_heads % degree:
+        raise ValueError(f"train.sequence_parallel: expected a divisor of {num_kv_heads} KV heads, got {degree}")
+    if world % degree:
+        raise ValueError(f"train.sequence_parallel: expected a divisor of {world} workers, got {degree}")
+    if batch % (world // degree):
+        raise ValueError(
+            f"train.global_batch_size: expected a multiple of {world // degree} "
+            f"({world} workers / sequence_parallel {degree}), got {batch}"
+        )
+
+
 def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float) -> dict[str, Any] | None:
     """Tokens, steps, FLOPs, GPU-hours and memory of the training; None without a ``[data]`` section.
 
     Raises:
-        ValueError: if the data does not fill one global batch.
+        ValueError: if ``longrope2 data`` or ``longrope2 train`` would refuse the recipe.
     """
     if recipe.data is None:
         return None
     device, settings, length = ACCELERATORS[accelerator], recipe.train, recipe.search.target_length
     original = recipe.model.original_length or shape.original_length
     workers = settings.num_workers or settings.sequence_parallel
+    check_bands(recipe.data, length, original)
+    check_parallel(workers, shape.num_kv_heads, settings)
     segments = sum(band.tokens // length for band in recipe.data.bands)
     steps = settings.max_steps or segments // settings.global_batch_size
     if not steps or not segments:
@@ -186,6 +208,7 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         raise ValueError(f"--accelerator: expected one of {', '.join(ACCELERATORS)}, got {accelerator!r}")
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation: expected a share in 0 ... 1, got {utilisation}")
+    require_methods(recipe.report.methods)
     device = ACCELERATORS[accelerator]
     search, report = recipe.search, recipe.report
     geometry = RopeGeometry(

@@ -22,6 +22,7 @@ from pydantic_settings import (
 RECIPES = Path(__file__).parent / "recipes"
 AttentionFactor = float | Literal["su", "yarn", "search"]
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def refuse_credentials(url: str) -> str:
@@ -231,7 +232,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class NeedleSection(Section):
     text: list[Location] = Field(["bundled:search"], description="Files, directories, globs, or bundled:search.")
-    num_samples: Positive = Field(10, description="Needle documents, each from another book.")
+    num_samples: Positive = Field(
+        10, description="Needle documents, each from another book as far as there are enough."
+    )
     depth: Literal["start", "stratified"] | float = Field(
         "start", description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in 0 ... 1."
     )
@@ -361,7 +364,7 @@ class TrainSection(Section):
     global_batch_size: Positive = Field(64, description="Segments of one optimizer step, over all workers.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(40, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Betas of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     seed: int = Field(0, ge=0, description="Seed of the order of segments.")

@@ -138,7 +138,12 @@ class RunDir:
             raise RunDirError(f"--run-dir: {error}") from None
         self.patience_seconds = patience_seconds
         self._folders = tuple(folders)
-        self.path = UPath(url)
+        try:
+            self.path = UPath(url)
+        except ValueError as error:  # no such kind of storage
+            raise RunDirError(
+                f"--run-dir: expected a directory or a URL of a known kind, got {url!r}: {error}"
+            ) from error
         self.local = self.path.protocol in ("", "file", "local")
         # others write here too; and open() knows no file://
         self.path = UPath(self.path.path) if self.local else UPath(url, use_listings_cache=False)

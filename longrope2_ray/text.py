@@ -22,7 +22,7 @@ class Book:
     text: str
 
 
-def resolve_text_paths(sources: Sequence[str]) -> list[Path]:
+def resolve_text_paths(sources: Sequence[str], field: str = "text") -> list[Path]:
     """Files behind ``sources``: a file, a directory, a glob pattern, or ``bundled:search`` / ``bundled:report``.
 
     Raises:
@@ -41,25 +41,25 @@ def resolve_text_paths(sources: Sequence[str]) -> list[Path]:
             found = [Path(p) for p in sorted(glob.glob(source))]
         if not found:
             raise ValueError(
-                f"text: expected a text file, a directory of .txt files, a glob, 'bundled:search' or 'bundled:report', "
+                f"{field}: expected a text file, a directory of .txt files, a glob, 'bundled:search' or 'bundled:report', "
                 f"got {source!r}, which matches nothing"
             )
         paths += found
     return paths
 
 
-def load_books(sources: Sequence[str]) -> list[Book]:
-    """Read every file behind ``sources`` (``.txt``, also ``.xz`` or ``.gz``) as one book each, in a fixed order.
+def load_books(sources: Sequence[str], field: str = "text") -> list[Book]:
+    """Read every file behind ``sources`` (``.txt``, also ``.xz`` or ``.gz``) as one book each, in a fixed order; ``field`` is what a message names.
 
     Raises:
         ValueError: if a source matches nothing or a file is not UTF-8 text.
     """
     books = []
-    for path in resolve_text_paths(sources):
+    for path in resolve_text_paths(sources, field):
         opener: Any = _OPENERS.get(path.suffix, open)
         try:
             with opener(path, "rt", encoding="utf-8") as file:
                 books.append(Book(path.name.split(".txt")[0], file.read()))
         except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"text: expected UTF-8 text in {path}, got {error}") from error
+            raise ValueError(f"{field}: expected UTF-8 text in {path}, got {error}") from error
     return books

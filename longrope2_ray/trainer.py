@@ -27,7 +27,7 @@ from longrope2_ray.baselines import METHODS, baseline
 from longrope2_ray.evolution import attention_factor
 from longrope2_ray.factors import RescaleFactors, factors_from_json
 from longrope2_ray.packing import SegmentReader
-from longrope2_ray.plan import step_flops
+from longrope2_ray.plan import check_parallel, step_flops
 from longrope2_ray.recipe import TRAIN_FREE_FIELDS, Recipe, StoppedError, flatten
 from longrope2_ray.rundir import FencedError, RunDir, RunDirError
 from longrope2_ray.snapshots import KEPT, Snapshots, is_whole, seal
@@ -342,8 +342,6 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from longrope2_ray.training import check_parallel
 
     settings, cluster = job.recipe.train, ray.cluster_resources()
     use_gpu = job.recipe.model.device == "cuda" or (job.recipe.model.device == "auto" and cluster.get("GPU", 0) > 0)

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.model import DTYPES, ModelSpec, PinnedRope
 from longrope2_ray.packing import Segment
+from longrope2_ray.plan import check_parallel
 from longrope2_ray.recipe import TrainSection
 from longrope2_ray.scoring import banded_attention, causal_attention, decoder_layers
 
@@ -483,24 +484,6 @@ class MixedTrainer:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self._loss, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
-
-
-def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> None:
-    """Refuse a split that does not come out even; cheap, for the driver to call first.
-
-    Raises:
-        ValueError: naming the field to change.
-    """
-    degree, batch = settings.sequence_parallel, settings.global_batch_size
-    if num_kv_heads % degree:
-        raise ValueError(f"train.sequence_parallel: expected a divisor of {num_kv_heads} KV heads, got {degree}")
-    if world % degree:
-        raise ValueError(f"train.sequence_parallel: expected a divisor of {world} workers, got {degree}")
-    if batch % (world // degree):
-        raise ValueError(
-            f"train.global_batch_size: expected a multiple of {world // degree} "
-            f"({world} workers / sequence_parallel {degree}), got {batch}"
-        )
 
 
 def _shard(

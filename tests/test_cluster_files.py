@@ -184,6 +184,9 @@ def test_workers_are_spot_machines_from_zero_by_the_autoscaler_of_version_2(mani
         tolerated = {t["key"] for t in pod["tolerations"]}
         gpus = "nvidia.com/gpu" in container(pod)["resources"]["limits"]
         assert tolerated == {"longrope2/capacity"} | ({"nvidia.com/gpu"} if gpus else set())
+        if not gpus:  # on whatever machine it lands, it promises none
+            assert group["rayStartParams"] == {"num-gpus": "0"}
+            assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container(pod)["env"]
         assert pod["automountServiceAccountToken"] is False
         assert "drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in str(container(pod)["lifecycle"]["preStop"])
     assert "nvidia.com/gpu" in container(pods(manifest)[1])["resources"]["limits"]
@@ -364,6 +367,16 @@ def test_the_image_has_what_the_project_asks_for():
     assert all((ROOT / name).exists() for name in sent)
 
 
+def test_the_launcher_mounts_the_token_where_the_images_user_looks():
+    """Ray takes a container's home from the image's HOME, and else /root, which user 1001 cannot read."""
+    final = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+    (home,) = re.findall(r"^ENV .*\bHOME=(\S+)", final, re.M)
+    (user,) = re.findall(r"useradd --uid 1001 --create-home (\w+)", final)
+    assert home == f"/home/{user}"
+    assert f"install -d -o {user} -g {user} {home}/.ray" in final  # else Docker makes it for the mount, as root
+    assert f"USER {1001}" in final
+
+
 def lint(dockerfile: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(HADOLINT), "-"], input=dockerfile, capture_output=True, text=True, check=False)
 
@@ -430,6 +443,7 @@ def test_on_aws_the_head_is_on_demand_and_workers_are_spot_machines_from_zero():
     assert workers["min_workers"] == 0 < workers["max_workers"] == LAUNCHERS["aws.yaml"]["max_workers"]
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for node in (head, workers):
+        assert node["node_config"]["ImageId"].startswith("ami-")  # Ray's own default is too old for the image's CUDA
         parameters = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
         assert not ParamValidator().validate(parameters, shape).generate_report()
         assert ParamValidator().validate({**parameters, "InstanceTyp": "x"}, shape).has_errors()

@@ -357,7 +357,9 @@ def test_kernels_that_are_missing_are_refused(saved: dict[str, str], tmp_path: P
     with pytest.raises(ValueError, match=r"expected 'sdpa' or 'eager' on a CPU, got 'flash_attention_2'"):
         check_attention("flash_attention_2", "cpu")
     if importlib.util.find_spec("flash_attn") is None:
-        with pytest.raises(ValueError, match=r"pip install 'longrope2_ray\[gpu\]' or set model.attention = 'sdpa'"):
+        with pytest.raises(
+            ValueError, match=r"pip install --no-build-isolation 'longrope2_ray\[gpu\]' or set model.attention = 'sdpa'"
+        ):
             check_attention("flash_attention_2", "auto")
     with pytest.raises(ValueError, match=r"model.dtype: expected one of"):
         load_model(saved["llama"], dtype="int4")

@@ -182,6 +182,7 @@ def test_a_target_not_above_the_models_own_length_is_refused() -> None:
 DATA = {
     "sources": [{"name": "a", "path": ["x"]}],
     "bands": [{"max_tokens": 256, "tokens": 10_240}, {"max_tokens": 4096, "tokens": 20_480}],
+    "num_shards": 4,
 }
 
 

@@ -15,6 +15,7 @@ from torch import multiprocessing
 
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.packing import Segment
+from longrope2_ray.plan import check_parallel
 from longrope2_ray.recipe import TrainSection
 from longrope2_ray.training import (
     IGNORED,
@@ -23,7 +24,6 @@ from longrope2_ray.training import (
     SegmentLoss,
     attention_ranges,
     batch_indices,
-    check_parallel,
     document_attention,
     flash_varlen_inputs,
     learning_rate,
