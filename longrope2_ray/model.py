@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from longrope2_ray.rope import RopeGeometry
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("longrope2")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
@@ -338,14 +341,21 @@ def load_tokenizer(path: str, gguf_file: str | None = None, revision: str | None
 def load_generation_config(
     path: str, gguf_file: str | None = None, revision: str | None = None
 ) -> "GenerationConfig | None":
-    """The model's stop tokens and sampling, None where nothing beside the model says any."""
+    """The model's stop tokens and sampling, None where nothing beside the model says any that can be saved again."""
     from transformers import GenerationConfig
 
     location, gguf = resolve_model_path(path, gguf_file, revision)
+    if gguf:
+        return None
     try:
-        return None if gguf else GenerationConfig.from_pretrained(location, **_where(None, revision))
+        found = GenerationConfig.from_pretrained(location, **_where(None, revision))
+        found.validate(strict=True)  # as saving it does, which would be too late after a training
     except OSError:
         return None
+    except ValueError as error:
+        log.warning("the generation_config.json of %s is left out: %s", path, str(error).strip().split("\n")[0])
+        return None
+    return found
 
 
 def resolve_device(device: str) -> torch.device:

@@ -315,7 +315,6 @@ class ScorerPool:
         Raises:
             StoppedError: if the failure will not mend.
         """
-        memory = _MEMORY.search(message) is not None
         if unit is None:
             self._failed_starts += not blameless
             attempts = self._failed_starts
@@ -323,10 +322,9 @@ class ScorerPool:
         else:
             attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + (not blameless)
         decision, hint = decide(kind, message, attempts, self._settings.max_attempts, fitted=slot.num_scored > 0)
-        lines = message.strip().splitlines() or [
-            ""
-        ]  # an exception's own words come last, Ray's reason of a death inside
-        reasons = [line for line in lines if "because" in line or (memory and _MEMORY.search(line))]
+        # An exception's own words come last; Ray gives its reason of a death somewhere inside.
+        lines = message.strip().splitlines() or [""]
+        reasons = [line for line in lines if "because" in line or _MEMORY.search(line)]
         message = textwrap.shorten(lines[-1] if kind == "raised" else " ".join(reasons or lines[:1]), 240)
         others_work = unit is None and any(s.stage in ("idle", "busy") for s in self._slots.values())
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"

@@ -350,7 +350,7 @@ class SearchRun:
             except (Exception, SystemExit) as error:  # rich leaves a terminal that is gone by SystemExit
                 if observe not in self._blind:
                     log.warning("%s: %s; the search goes on", type(error).__name__, error)
-                self._blind.append(observe)
+                    self._blind.append(observe)
 
     def _close_generation(self, index: int, candidates: Sequence[Candidate], race: Race) -> None:
         generation, tokens = self._evolution.generation, sum(self._num_tokens[SEARCH_SET])

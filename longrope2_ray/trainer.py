@@ -106,7 +106,7 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     flat = {
         name: value
         for name, value in flatten(recipe).items()
-        if name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS)
+        if name == "model.sliding_window" or (name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS))
     }
     prints = {
         "model": model_fingerprint(model.path, **model.files),
@@ -277,7 +277,7 @@ def _peak_flops(device_name: str) -> float | None:
 
 
 def save_model(job: TrainJob, weights: dict[str, Any], run_dir: RunDir) -> None:
-    """Write ``model/`` and empty ``weights``, its config last: a directory without one was not written whole, and nothing loads it."""
+    """Write ``model/`` and empty ``weights``; its config comes last, since nothing loads a directory without one."""
     from longrope2_ray.export import extended_config, save_extended
     from longrope2_ray.model import DTYPES, load_generation_config, load_tokenizer, read_config
 
@@ -288,10 +288,8 @@ def save_model(job: TrainJob, weights: dict[str, Any], run_dir: RunDir) -> None:
     place = run_dir.path / job.folder / MODEL_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, generation = (
-            load_tokenizer(model.path, **model.files),
-            load_generation_config(model.path, **model.files),
-        )
+        tokenizer = load_tokenizer(model.path, **model.files)
+        generation = load_generation_config(model.path, **model.files)
         save_extended(Path(folder), config, weights, tokenizer, dtype, generation)
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
             run_dir.write_bytes(f"{job.folder}/{MODEL_FOLDER}/{path.name}", path.read_bytes())

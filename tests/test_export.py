@@ -63,6 +63,12 @@ def test_an_export_keeps_stop_tokens_and_knows_its_window(tmp_path: Path) -> Non
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").model_max_length == LENGTH
 
 
+def test_a_generation_config_that_could_not_be_saved_costs_no_training(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 1, "max_new_tokens": -1}')
+    assert load_generation_config(base) is None
+
+
 def test_a_base_config_is_left_as_it_was() -> None:
     model = tiny_model(tiny_config("phi3_partial"))
     before = model.config.to_dict()

@@ -23,7 +23,7 @@ import tomli_w
 import torch
 import transformers
 from fsspec.implementations.local import LocalFileSystem
-from tiny_models import VOCABULARY, WINDOW, tiny_config, tiny_model
+from tiny_models import VOCABULARY, WINDOW, save_tiny, tiny_config, tiny_model
 from tokenizers import Tokenizer, models
 
 from longrope2_ray import driver
@@ -224,6 +224,19 @@ def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir:
         prepare_training(recipe, RunDir(str(folder)))
     _, _, resumed = prepare_training(recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder)))
     assert not resumed
+
+
+def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> None:
+    model, folder = save_tiny("mistral_windowed", tmp_path / "model"), RunDir(str(prepared_dir(tmp_path / "run")))
+
+    def under(window: int) -> Recipe:
+        recipe = recipe_of(model)
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"sliding_window": window})})
+
+    assert not prepare_training(under(LENGTH), folder)[2]
+    assert prepare_training(under(LENGTH), folder)[2]
+    with pytest.raises(RunDirError, match=r"model\.sliding_window is 96 there and 97 now"):
+        prepare_training(under(LENGTH + 1), folder)
 
 
 @pytest.mark.parametrize(
