@@ -24,13 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 is success, 1 a run that could not go on, 2 a mistake of the user, 3 a run that a newer driver has
     taken over, 130 an interruption."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(words)
     if rest and not getattr(arguments, "overrides_allowed", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("longrope2").setLevel(logging.INFO)
     try:
+        if rest:
+            _require_recipe_first(words, arguments.recipe, rest)
         return int(arguments.command(arguments) or 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "" if fenced else "\nwhat is done is kept, run again to resume"
         print(f"stopped: {error}{advice}", file=sys.stderr)
         return FENCED if fenced else 1
+
+
+def _require_recipe_first(words: Sequence[str], recipe: str, overrides: Sequence[str]) -> None:
+    """Refuse ``--section.field VALUE`` before RECIPE: the value would be taken for the recipe."""
+    early = [word for word in words[: words.index(recipe)] if word in overrides and "=" not in word]
+    if early:
+        raise ValueError(f"RECIPE: expected before {early[0]}, got {recipe!r} after it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,13 +89,13 @@ def _parser() -> argparse.ArgumentParser:
 
     factors = command("factors", _factors, "Print a method's factor vector.", recipe=False)
     factors.add_argument("--method", required=True)
-    factors.add_argument("--model", help="take the geometry from this model instead")
+    factors.add_argument("--model", help="take the geometry from this model instead; --original-length overrides it")
     factors.add_argument("--head-dim", type=int)
     factors.add_argument("--rotary-dim", type=int, help="rotated dimensions of a head, head-dim unless given")
     factors.add_argument("--base", type=float)
     factors.add_argument("--original-length", type=int)
     factors.add_argument("--target-length", type=int, required=True)
-    factors.add_argument("--critical-dim", type=int)
+    factors.add_argument("--critical-dim", type=int, help="for a method that has one")
     factors.add_argument("--attention-factor", default="1.0", help="a number, su or yarn")
     factors.add_argument("--json", action="store_true")
 
@@ -119,7 +129,7 @@ def _search(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from longrope2_ray import driver
     from longrope2_ray.metrics import ProgressBar, RayMetrics, format_seconds, log_generation
-    from longrope2_ray.report import ReportWriter, format_table
+    from longrope2_ray.report import ReportWriter, format_table, is_final
     from longrope2_ray.rundir import RunDir
     from longrope2_ray.search import Observer
 
@@ -129,7 +139,11 @@ def _search(arguments: argparse.Namespace) -> int:
     winner = run_dir.winner()
     if winner is not None:
         print(format_table(winner))
+        if not is_final(run_dir):  # the driver died before its last line
+            ReportWriter(run_dir).finish()
         print(f"\n{run_dir.url} holds this finished run; nothing was changed")
+        for name in ("winner.json", "report.html"):
+            print(run_dir.path / name)
         return 0
     if resumed:
         print(f"resuming {run_dir.url}", file=sys.stderr)
@@ -198,8 +212,12 @@ def _shape(recipe: Recipe) -> Any:
 
 
 def _factors(arguments: argparse.Namespace) -> None:
-    from longrope2_ray.baselines import baseline
+    from longrope2_ray.baselines import PLAIN, WITH_CRITICAL_DIM, baseline
 
+    if arguments.critical_dim is not None and arguments.method in PLAIN:
+        raise ValueError(
+            f"--critical-dim: expected one of {', '.join(WITH_CRITICAL_DIM)} as --method, got {arguments.method!r}"
+        )
     geometry = _geometry(arguments)
     if arguments.target_length <= geometry.original_length:
         raise ValueError(
@@ -240,6 +258,9 @@ def _say_what_longrope2_is(method: str) -> None:
 
 def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
     if arguments.model:
+        for name in ("head_dim", "rotary_dim", "base"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: expected none beside --model, which has its own")
         from longrope2_ray.model import read_spec
 
         geometry: RopeGeometry = read_spec(arguments.model, original_length=arguments.original_length).geometry

@@ -24,6 +24,7 @@ from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_s
 from longrope2_ray.text import load_books
 
 log = logging.getLogger("longrope2")
+CONNECT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,22 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         ValueError: with one clear message, before anything expensive.
     """
-    from longrope2_ray.model import check_attention, load_tokenizer, model_fingerprint, read_spec, require_sight
+    from longrope2_ray.model import (
+        check_attention,
+        load_tokenizer,
+        model_fingerprint,
+        read_spec,
+        require_loadable,
+        require_sight,
+    )
 
     require_methods(recipe.report.methods)
+    require_held_out(recipe)
     model, target = recipe.model, recipe.search.target_length
     check_attention(model.attention, model.device)
     spec = read_spec(model.path, original_length=model.original_length, **model.reading)
     require_sight(spec, model.path, target)
+    require_loadable(model.path, dtype=model.dtype, attention=model.attention, **model.reading)
     Evolution(SearchSpace.from_recipe(spec.geometry, recipe.search), recipe.search)
     tokenizer: Any = load_tokenizer(model.path, **model.files)
 
@@ -75,6 +85,21 @@ def prepare(recipe: Recipe) -> Prepared:
         needle_sets[report_set(length)] = samples("report", recipe.report, length)
     fingerprints = {f"needles {name}": needle_fingerprint(s) for name, s in needle_sets.items()}
     return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **model.files), **fingerprints})
+
+
+def require_held_out(recipe: Recipe) -> None:
+    """Refuse a text that is both searched on and reported on.
+
+    Raises:
+        ValueError: if so; the message names it.
+    """
+    searched = {book.text: book.name for book in load_books(recipe.needles.text, "needles.text")}
+    shared = [book.name for book in load_books(recipe.report.text, "report.text") if book.text in searched]
+    if shared:
+        raise ValueError(
+            f"report.text: expected texts that needles.text does not have, so that what is reported is held out, got "
+            f"{', '.join(shared[:3])} in both; split the texts between them"
+        )
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
@@ -110,8 +135,12 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         ValueError: if the address cannot be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
+    deadline = None
     if address:
         _require_reachable(address)
+        deadline = threading.Timer(CONNECT_SECONDS, _give_up, [address])
+        deadline.daemon = True
+        deadline.start()
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # plain init would leave a token that later starts trip over
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -126,6 +155,9 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}") from error
+    finally:
+        if deadline is not None:
+            deadline.cancel()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is brief
@@ -137,6 +169,17 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _give_up(address: str) -> None:
+    """Ray waits for minutes, deaf to signals, for whatever else may listen at the address."""
+    print(
+        f"error: RAY_ADDRESS: expected a Ray cluster at {address!r}, got no answer of one in {CONNECT_SECONDS:g} s; give the "
+        f"head's address with its own port (6379 unless set), or unset RAY_ADDRESS to run on this machine",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _require_reachable(address: str) -> None:
@@ -186,15 +229,16 @@ def scorer_pool(prepared: Prepared) -> Iterator[Any]:
 
 
 def _require_memory(prepared: Prepared, num_scorers: int) -> None:
-    import ray
+    from longrope2_ray.pool import node_resources
 
     need = scorer_memory_bytes(prepared.spec, prepared.recipe)["total"]
-    have = ray.cluster_resources().get("memory", 0)
-    if have and need > have:
+    nodes = [node.get("memory", 0) for node in node_resources()]
+    have, largest = sum(nodes), max(nodes, default=0)
+    if have and need > largest:
         raise ValueError(
             f"scorer: expected {need / 2**30:.1f} GiB of memory for one scorer at {prepared.recipe.search.target_length} "
-            f"tokens, the cluster has {have / 2**30:.1f} GiB; lower search.target_length or scorer.mlp_chunk_tokens, "
-            f"or set model.dtype = 'bfloat16'"
+            f"tokens, the largest machine has {largest / 2**30:.1f} GiB; lower search.target_length or "
+            f"scorer.mlp_chunk_tokens, or set model.dtype = 'bfloat16', and another --run-dir, since they change the result"
         )
     if have and num_scorers * need > have:
         log.warning(
@@ -232,7 +276,13 @@ def score_vectors(prepared: Prepared, vectors: Mapping[str, RescaleFactors]) -> 
         for name, sample in keys:
             pool.submit(Unit("vector", name, sample, vectors[name]))
         while len(scores) < len(keys):
-            scores.update({(score.needle_set, score.sample): score for score in pool.wait()})
-            print(f"\rscored {len(scores)} of {len(keys)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            new = {(score.needle_set, score.sample): score for score in pool.wait()}
+            scores.update(new)
+            if new:
+                end = "" if sys.stderr.isatty() else "\n"
+                print(
+                    f"{'' if end else chr(13)}scored {len(scores)} of {len(keys)}", end=end, file=sys.stderr, flush=True
+                )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     return {name: summarize([scores[key] for key in keys if key[0] == name]) for name in vectors}

@@ -84,8 +84,8 @@ class RayMetrics:
 
 
 def log_generation(status: Status, event: str) -> None:
-    """One JSON line a generation in the job's log."""
-    if event != "units":
+    """One JSON line a generation in the job's log; a terminal has the bar, and status.json the same."""
+    if event != "units" and not sys.stderr.isatty():
         print(json.dumps({"event": event, **_rounded(asdict(status))}), file=sys.stderr, flush=True)
 
 

@@ -291,8 +291,8 @@ def require_sight(spec: ModelSpec, path: str, target_length: int) -> None:
 def model_fingerprint(path: str, gguf_file: str | None = None, revision: str | None = None) -> str:
     """Sixteen hex digits that change with the config or the weights.
 
-    A local model: its config and, of every weight file, name, size and the first and last MiB, so that a file of
-    many GiB costs no full read. A hub id: the id and the commit it resolved to.
+    A local model: its config and, of every weight file, name, size, the first and last MiB and 64 blocks of 64 KiB evenly
+    between them, so that a file of many GiB costs no full read. A hub id: the id and the commit it resolved to.
 
     Raises:
         ValueError: if there is no model.
@@ -311,6 +311,9 @@ def model_fingerprint(path: str, gguf_file: str | None = None, revision: str | N
             digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as opened:
                 digest.update(opened.read(_MIB))
+                for block in range(1, 65):
+                    opened.seek(block * size // 65)
+                    digest.update(opened.read(_MIB // 16))
                 opened.seek(max(size - _MIB, 0))
                 digest.update(opened.read(_MIB))
     else:
@@ -393,6 +396,47 @@ def check_attention(attention: str, device: str) -> None:
             )
 
 
+def require_loadable(
+    path: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    sliding_window: int | None = None,
+) -> Any:
+    """Refuse what could not be loaded, without loading it: dtype, kernel, and local weights that are not whole.
+
+    Returns:
+        The model's config.
+
+    Raises:
+        ValueError: with the recipe's field that mends it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if attention == "flash_attention_2" and dtype == "float32":
+        raise ValueError("model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'")
+    config = read_config(path, gguf_file, revision, sliding_window)
+    _check_kernel(_skeleton(config, path), attention, path)
+    location, gguf = resolve_model_path(path, gguf_file, revision)
+    folder = Path(location)
+    if gguf or not folder.is_dir():
+        return config
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ValueError(f"model.path: expected weights (*.safetensors or *.bin), got {path!r}, which has none")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # its header, and that the file is as long as it says
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model.path: expected whole weights, got {file.name} in {path!r}: {error}") from error
+    return config
+
+
 def load_model(
     path: str,
     *,
@@ -421,16 +465,18 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     target = resolve_device(device)
     check_attention(attention, target.type)
-    if attention == "flash_attention_2" and dtype == "float32":
-        raise ValueError("model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'")
+    config = require_loadable(
+        path,
+        gguf_file=gguf_file,
+        revision=revision,
+        dtype=dtype,
+        attention=attention,
+        sliding_window=sliding_window,
+    )
     if num_gpus > 1 and torch.cuda.device_count() < num_gpus:
         raise ValueError(f"scorer.gpus_per_scorer: expected {num_gpus} visible GPUs, got {torch.cuda.device_count()}")
-    config = read_config(path, gguf_file, revision, sliding_window)
-    _check_kernel(_skeleton(config, path), attention, path)
     if threads is not None:
         torch.set_num_threads(threads)
     location, gguf = resolve_model_path(path, gguf_file, revision)

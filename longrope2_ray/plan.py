@@ -228,8 +228,11 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
     spread = max(1.0, gpus)  # layers go to one GPU after another, which wait for each other
     on_one = memory["total"] - memory["weights"] * (1 - 1 / spread)
 
+    def pflop(passes: int) -> float:
+        return (passes * flops["total"] + report_flops) / 1e15
+
     def gpu_hours(passes: int) -> float:
-        return spread * (passes * flops["total"] + report_flops) / (device.tflops * 1e12 * utilisation) / 3600
+        return spread * pflop(passes) * 1e3 / (device.tflops * utilisation) / 3600
 
     return {
         "recipe": recipe.name,
@@ -243,6 +246,8 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         "passes_most": most + report_passes,
         "passes_likely": likely + report_passes,
         "pass_pflop": {k: v / 1e15 for k, v in flops.items()},
+        "pflop_most": pflop(most),
+        "pflop_likely": pflop(likely),
         "accelerator": accelerator,
         "utilisation": utilisation,
         "gpu_hours_most": gpu_hours(most),
@@ -266,6 +271,7 @@ def format_plan(cost: dict[str, Any]) -> str:
         f"units            {cost['units']} at most",
         f"forward passes   {cost['passes_most']} at most, about {cost['passes_likely']} with racing, report included",
         f"one pass         {flops['total']:.4g} PFLOP (linear {flops['linear']:.4g}, attention {flops['attention']:.4g})",
+        f"FLOPs            {cost['pflop_most']:.4g} PFLOP at most, about {cost['pflop_likely']:.4g}",
         f"GPU-hours        {cost['gpu_hours_most']:.4g} at most, about {cost['gpu_hours_likely']:.4g}, "
         f"on {cost['accelerator']} at {cost['utilisation']:.0%} of its peak",
         "memory of one scorer",

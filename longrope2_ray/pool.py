@@ -11,7 +11,7 @@ import re
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class Scorer:
     def __init__(self, model: ModelSection, settings: ScorerSection, needle_sets: Mapping[str, Sequence[NeedleSample]]):
         self._model, self._settings, self._needle_sets = model, settings, needle_sets
 
-    def place(self) -> int:
-        """Process id, as soon as the actor has a place in the cluster."""
-        return os.getpid()
+    def place(self) -> tuple[int, str]:
+        """(process id, id of the node), as soon as the actor has a place in the cluster."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def ready(self) -> None:
         """Load the model; returns once it is resident."""
@@ -100,8 +100,8 @@ def decide(
         fitted: whether this scorer has scored units before, so that memory was enough.
     """
     if _MEMORY.search(message):
-        hint = "the model at this length does not fit: set scorer.gpus_per_scorer or lower scorer.mlp_chunk_tokens, " \
-               "model.dtype = 'bfloat16', or fewer scorers (scorer.num_scorers)"  # fmt: skip
+        hint = "the model at this length does not fit: set scorer.gpus_per_scorer or fewer scorers (scorer.num_scorers), or " \
+               "lower scorer.mlp_chunk_tokens or set model.dtype = 'bfloat16', with another --run-dir"  # fmt: skip
         again = (kind == "died" or fitted) and attempts < max_attempts
         return (Decision.RETRY if again else Decision.STOP), hint
     if attempts >= max_attempts:
@@ -123,6 +123,7 @@ class _Slot:
     unit: Unit | None = None
     handed_out: float = 0.0  # Unix time, for the record
     process: int = 0
+    node: str = ""
     num_scored: int = 0
 
 
@@ -162,6 +163,7 @@ class ScorerPool:
         self._made = self._failed_starts = 0
         self._resized, self._last_ready = -math.inf, time.monotonic()
         self._next_start = self._looked = -math.inf
+        self._draining: set[str] = set()  # nodes that will be taken away soon
         self._resize()
 
     # --- the Scorers protocol
@@ -182,7 +184,7 @@ class ScorerPool:
             StoppedError: if a failure will not mend.
         """
         self._resize()
-        self._replace_stalled()
+        self._look_after()
         self._dispatch()
         with suppress(Empty):
             self._answers.put(self._answers.get(timeout=1.0 if self._asked else 0.2))
@@ -275,10 +277,12 @@ class ScorerPool:
             self._failed(slot, unit, "died", str(error), blameless)
             return None
         if slot.stage == "placing":
-            slot.process = result
+            slot.process, slot.node = result
             self._enter(slot, "loading", slot.actor.ready.remote())
             return None
         self._enter(slot, "idle")
+        if slot.node in self._draining:
+            self._leave(slot)
         if unit is None:
             self._failed_starts, self._last_ready = 0, time.monotonic()
             log.info("%s is ready", slot.name)
@@ -355,7 +359,7 @@ class ScorerPool:
         now = time.monotonic()
         if now - self._resized < RESIZE_SECONDS or now < self._next_start:
             return
-        wanted = self._num_scorers or capacity(node_resources(), self._resources)
+        wanted = self._num_scorers or capacity(node_resources(self._draining), self._resources)
         waiting = [s for s in self._slots.values() if s.stage == "placing"]
         for slot in waiting[: max(len(self._slots) - wanted, 0)]:
             self._drop(slot)  # the cluster shrank while it waited for a place
@@ -367,8 +371,16 @@ class ScorerPool:
             self._enter(slot, "placing", slot.actor.place.remote())
         self._resized = now
 
-    def _replace_stalled(self) -> None:
-        """Replace scorers that are busy, or loading, for longer than they may be."""
+    def _leave(self, slot: _Slot) -> None:
+        """Give up a scorer whose node will be taken away, so that its notice costs no unit."""
+        log.warning("%s leaves a node that is being drained", slot.name)
+        self._losses["deaths"] += 1
+        self._losses["preemptions"] += 1
+        self._drop(slot)
+
+    def _look_after(self) -> None:
+        """Replace scorers that are busy, or loading, for longer than they may be, and those on draining nodes once they
+        are free."""
         limits = {
             "busy": (self._settings.stall_seconds, "scorer.stall_seconds"),
             "loading": (self._settings.load_seconds, "scorer.load_seconds"),
@@ -377,7 +389,11 @@ class ScorerPool:
         if now - self._looked < 1.0:
             return
         self._looked = now
+        self._draining = draining_nodes()
         for slot in list(self._slots.values()):
+            if slot.node in self._draining and slot.stage != "busy":
+                self._leave(slot)
+                continue
             limit, field = limits.get(slot.stage, (math.inf, ""))
             if now - slot.since > limit:
                 unit, slot.unit = slot.unit, None
@@ -401,9 +417,19 @@ def capacity(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float
     )
 
 
-def node_resources() -> list[Mapping[str, float]]:
-    """What each living node of the cluster has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def node_resources(without: Collection[str] = ()) -> list[Mapping[str, float]]:
+    """What each living node of the cluster has, but for those whose ids are in ``without``."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away soon: a spot notice, ``ray drain-node``, an autoscaler that scales down.
+    Ray has no public call for it; Ray Train asks the same one."""
+    try:
+        return set(ray._private.state.state.get_draining_nodes())
+    except Exception as error:  # of another version: a notice then costs the unit in flight
+        log.debug("cannot ask which nodes are being drained: %s", error)
+        return set()
 
 
 def _brief(cluster: Mapping[str, float]) -> dict[str, float]:

@@ -4,11 +4,13 @@ Field descriptions below are the reference; ``longrope2 recipe`` prints them.
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import unquote_plus
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -25,16 +27,31 @@ Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+AZURE = ("abfs", "abfss", "wasb", "wasbs")  # their URLs are container@account
+SECRET_KEYS = {
+    "sig", "signature", "x-amz-signature", "x-amz-credential", "x-amz-security-token", "x-goog-signature", "token",
+    "access_token", "key", "secret", "password", "awsaccesskeyid",
+}  # fmt: skip
+USER_INFO = re.compile(r"(?s)[^/?#:\[]+:(?!\d*(?:[/?#]|$)).*@|[^/?#]*@")  # a key may hold a slash, a port not
+
+
 def refuse_credentials(url: str) -> str:
     """The URL itself, unless it carries a secret: it would end up in logs, reports and run directories.
 
     Raises:
         ValueError: if so.
     """
-    if "://" in url and "@" in url.split("://", 1)[1].split("/", 1)[0]:
-        scheme, rest = url.split("://", 1)
+    scheme, found, rest = url.partition("://")
+    if not found:
+        return url
+    secret = any(unquote_plus(key).lower() in SECRET_KEYS for key in re.findall(r"[?&;#]([^=?&;#]+)=", rest))
+    user = USER_INFO.match(rest)
+    if user and ":" not in user[0] and scheme.rsplit("::", 1)[-1].lower() in AZURE:
+        user = None  # the container
+    if user or secret:
+        place = re.sub(r"(?s)[?&;#].*", "?***", rest[user.end() :] if user else rest)
         raise ValueError(
-            f"expected a URL without credentials, got {scheme}://***@{rest.split('@', 1)[1]}; give them by the "
+            f"expected a URL without credentials, got {scheme}://{'***@' if user else ''}{place}; give them by the "
             f"environment or the configuration of the storage's client"
         )
     return url
@@ -418,9 +435,10 @@ class Recipe(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        if self.needles.seed == self.report.seed and self.needles.text == self.report.text:
+        if shared := sorted(set(self.needles.text) & set(self.report.text)):
             raise ValueError(
-                "report.seed: expected another seed or another text than needles', so that what is reported is held out"
+                f"report.text: expected other texts than needles.text, so that what is reported is held out, got "
+                f"{', '.join(shared)} in both"
             )
         return self
 
@@ -518,7 +536,8 @@ def _lines(error: ValidationError) -> list[str]:
     for complaint in error.errors():
         line = _explain(complaint)
         field = line.split(":", 1)[0]
-        first[field] = f"{first[field]}, or {line.split(': ', 1)[1]}" if field in first else line
+        if line != first.setdefault(field, line):
+            first[field] += f", or {line.split(': ', 1)[1]}"
     return list(first.values())
 
 
@@ -530,6 +549,8 @@ def _explain(error: Any) -> str:
         return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{location}: missing, and it has no default"
+    if error["type"] in ("missing", "too_long"):  # every tuple of a recipe is a pair
+        return f"{location}: expected two numbers, got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":
         joint = ": " if message.startswith("expected") else "."  # a section's own check names its field

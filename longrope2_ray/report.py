@@ -33,6 +33,7 @@ from longrope2_ray.search import Status
 log = logging.getLogger("longrope2")
 
 REFRESH_SECONDS = 20.0
+REFRESHES = '<meta http-equiv="refresh"'
 REFRESH_SHARE = 0.05  # of the time, that refreshing may take at most
 
 # --- the held-out table
@@ -81,6 +82,8 @@ def _critical(dim: int) -> str:
 
 def _notes(winner: Mapping[str, Any]) -> list[str]:
     notes = ["Held out: measured on texts and needles that the search did not see."]
+    if any(row["method"] == "unscaled" and row["compared_at"] != row["attention_factor"] for row in winner["report"]):
+        notes.append("Unscaled is the model as it is, at attention factor 1.")
     if any(row["length"] > winner["target_length"] for row in winner["report"]):
         notes.append("At lengths beyond the target the baselines get the larger ratio.")
     if winner["start_tokens"]:
@@ -208,7 +211,7 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
     """The page; ``figures`` is the name of a PNG -> data URL."""
     name = escape(str(run.recipe.get("name") or run.status.get("name") or "run"))
     state = "finished" if run.winner else f"{run.status.get('state', 'starting')}; this page refreshes itself"
-    refresh = "" if run.winner else f'<meta http-equiv="refresh" content="{REFRESH_SECONDS:g}">\n'
+    refresh = "" if run.winner else f'{REFRESHES} content="{REFRESH_SECONDS:g}">\n'
     comparison = ""
     if run.winner:
         tables = "".join(_table(HEADINGS, block.rows, block.best, block.title) for block in _blocks(run.winner))
@@ -261,6 +264,14 @@ def write_report(run_dir: RunDir) -> list[Any]:
         urls[name] = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
     run_dir.write_bytes("report.html", render_html(run, urls).encode())
     return [run_dir.path / name for name in ("report.html", *urls)]
+
+
+def is_final(run_dir: RunDir) -> bool:
+    """Whether the page that is there is the one of the finished run."""
+    try:
+        return REFRESHES not in (run_dir.path / "report.html").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 class ReportWriter:

@@ -102,12 +102,12 @@ def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
             raise
         except Exception as error:
             if (
-                not isinstance(error, (OSError, ImportError))
+                not isinstance(error, (OSError, ImportError, NotImplementedError))
                 and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS
             ):
                 raise
-            # ImportError: the client of such URLs is not installed
-            mends = not isinstance(error, (PermissionError, IsADirectoryError, ImportError))
+            # ImportError: the client of such URLs is not installed; NotImplementedError: it cannot do that
+            mends = not isinstance(error, (PermissionError, IsADirectoryError, ImportError, NotImplementedError))
             if not mends or time.monotonic() - began + pause > patience_seconds:
                 raise RunDirError(
                     f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
@@ -160,9 +160,10 @@ class RunDir:
             self.write_bytes(".probe", b"x")
             probe = self.path / ".probe"  # which another driver may have removed
             self._patiently(partial(probe.unlink, missing_ok=True), f"write to {self.path}")
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, NotImplementedError) as error:
             raise RunDirError(
-                f"--run-dir: expected a directory that can be written, got {self.url}: {error}"
+                f"--run-dir: expected a directory that can be written, got {self.url}: "
+                f"{str(error) or 'this kind of storage cannot'}"
             ) from error
 
     def _make_folder(self, name: str) -> None:

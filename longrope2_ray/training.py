@@ -7,17 +7,26 @@ Shapes: T tokens of a segment, S sequence-parallel ranks, t = T / S tokens of a 
 E head size, D model width. One segment is one micro-batch.
 """
 
+import io
 import itertools
 import math
+import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -471,11 +480,24 @@ class MixedTrainer:
         save_checkpoint({"model": model, "optimizer": optimizer, "step": torch.tensor(step)}, checkpoint_id=folder)
 
     def load(self, folder: str) -> int:
-        """Take up a checkpoint, written by any number of ranks; returns its step."""
+        """Take up a checkpoint, written by any number of ranks; returns its step.
+
+        Only tensors are read: the rest, AdamW's settings, follows from the recipe.
+
+        Raises:
+            ValueError: if it holds what could run code.
+        """
         model, optimizer = get_state_dict(self._loss, self.optimizer)
         step = torch.tensor(0)
-        state = {"model": model, "optimizer": optimizer, "step": step}
-        load_checkpoint(state, checkpoint_id=folder)
+        state = {"model": model, "optimizer": {"state": optimizer["state"]}, "step": step}
+        reader = _DataReader(folder)  # not below: torch would go on without the metadata that this refuses
+        try:
+            load_checkpoint(state, storage_reader=reader, planner=_TensorPlanner())
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, pickle.UnpicklingError):
+                    raise _refused(folder, failure) from error
+            raise
         set_state_dict(self._loss, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         return int(step)
 
@@ -484,6 +506,78 @@ class MixedTrainer:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self._loss, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+# What the metadata of a checkpoint may name beside dtypes, and what is made of it. Its path is not needed; Python 3.11.2
+# pickles an enum as a getattr.
+_METADATA_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        (made.__module__, made.__name__): made
+        for made in (
+            dcp.Metadata,
+            dcp.MetadataIndex,
+            dcp.StorageMeta,
+            dcp.TensorStorageMetadata,
+            dcp.BytesStorageMetadata,
+            dcp.ChunkStorageMetadata,
+            dcp.TensorProperties,
+            dcp._MEM_FORMAT_ENCODING,
+            _StorageInfo,
+        )
+    },
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
+    ("pathlib", "PosixPath"): lambda *parts: None,
+    ("pathlib._local", "PosixPath"): lambda *parts: None,
+    ("builtins", "getattr"): lambda _, name: dcp._MEM_FORMAT_ENCODING[name],
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _METADATA_CLASSES.get((module, name))
+        if found is None and module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            found = vars(torch)[name]
+        if found is None:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return found
+
+
+class _DataReader(FileSystemReader):
+    """Reads a checkpoint as data: torch's own reader would run the code that a forged ``.metadata`` names.
+
+    Raises:
+        ValueError: if ``.metadata`` holds anything but metadata.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        path = Path(folder, ".metadata")
+        data = path.read_bytes()
+        try:
+            self._metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        except Exception as error:  # a forged pickle can fail in any way
+            raise _refused(path, error) from error
+        if not isinstance(self._metadata, dcp.Metadata):
+            raise _refused(path, type(self._metadata).__name__)
+
+    def read_metadata(self, *_: Any, **__: Any) -> dcp.Metadata:
+        return self._metadata
+
+
+class _TensorPlanner(DefaultLoadPlanner):
+    """Loads tensors, which torch reads as data; its own planner unpickles anything else."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+def _refused(place: str | Path, what: object) -> ValueError:
+    named = re.search(r"GLOBAL (\S+)", str(what)) or re.search("(.+)", str(what))  # torch's message has many lines
+    return ValueError(
+        f"{place} is no checkpoint of a training, it holds something else ({named[1] if named else 'nothing'}), and "
+        f"none of it was run; find out who wrote it, remove the checkpoint and run again to go on from an older one"
+    )
 
 
 def _shard(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 
+import longrope2_ray
 from longrope2_ray import driver
 from longrope2_ray.cli import main
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_factors.json").read_text())["vectors"]
+SEARCHED = json.dumps([str(Path(longrope2_ray.__file__).parent / "assets" / "text" / "search")])
 LLAMA3 = ("--head-dim", "128", "--base", "500000", "--original-length", "8192", "--target-length", "131072")
+
+REFERENCE = ("--model", "bundled:reference", "--target-length", "2048")
 
 
 def factors_json(capsys, *arguments: str) -> dict:
@@ -55,6 +60,15 @@ def test_every_method_gives_a_vector_for_a_model(capsys, method):
     assert len(body["factors"]) == 32
     assert min(body["factors"]) >= 1.0
     assert max(body["factors"]) > 1.0
+
+
+def test_an_original_length_overrides_the_models(capsys):
+    assert factors_json(capsys, "--method", "pi", *REFERENCE, "--original-length", "1024")["factors"] == [2.0] * 32
+
+
+def test_an_override_with_an_equals_sign_may_come_before_the_recipe(capsys):
+    assert main(["plan", "--search.seed=3", "--json", "debug", "--search.iterations", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "debug"
 
 
 def test_attention_factor_is_explicit(capsys):
@@ -111,6 +125,8 @@ def test_the_recipe_reference_names_every_section(capsys):
         (["search", "debug", "--report.methods", '["magic"]'], ["report.methods", "magic"]),
         (["search", "debug", "--report.text", '["/no/such/*.txt"]'], ["report.text", "/no/such/*.txt"]),
         (["search", "debug", "--report.lengths", "[32]"], ["report.lengths", "got 32"]),
+        (["search", "debug", "--report.text", SEARCHED], ["report.text", "in both"]),
+        (["score", "debug", "--factors", "ntk", "--report.text", SEARCHED], ["report.text", "in both"]),
         (["search", "debug", "--run-dir", "foo://x"], ["--run-dir", "foo://x"]),
         (["search", "debug", "--train.betas", "[2, 3]"], ["train.betas", "less than 1"]),
         (["plan", "debug", "--report.methods", '["magic"]'], ["report.methods", "magic"]),
@@ -122,6 +138,14 @@ def test_the_recipe_reference_names_every_section(capsys):
         (["factors", "--method", "pi", "--target-length", "8192"], ["--head-dim", "--model"]),
         (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["--target-length", "8192"]),
         (["factors", "--method", "longrope2", *LLAMA3, "--critical-dim", "64"], ["--critical-dim", "63"]),
+        (["factors", "--method", "pi", *LLAMA3, "--critical-dim", "33"], ["--critical-dim", "ntk-rcd", "'pi'"]),
+        (["factors", "--method", "pi", *REFERENCE, "--base", "777"], ["--base", "--model"]),
+        (["factors", "--method", "pi", *REFERENCE, "--head-dim", "128"], ["--head-dim", "--model"]),
+        (["factors", "--method", "pi", *REFERENCE, "--rotary-dim", "64"], ["--rotary-dim", "--model"]),
+        (["search", "--run-dir", "d", "--search.iterations", "0", "debug"], ["RECIPE", "--search.iterations", "'0'"]),
+        (["search", "--search.seed=1", "--name", "demo", "debug"], ["RECIPE", "--name", "'demo'"]),
+        (["search", "debug", "--search.critical-dims", "[3]"], ["search.critical_dims: expected two numbers, got [3]"]),
+        (["search", "debug", "--search.critical-dims", "[]"], ["search.critical_dims: expected two numbers, got []\n"]),
         (["score", "debug", "--factors", "/no/such/file.json"], ["--factors", "/no/such/file.json"]),
         (["report", "/no/such/run"], ["RUN_DIR", "/no/such/run"]),
     ],
@@ -186,6 +210,18 @@ def test_an_unreachable_ray_says_so(tmp_path):
     assert result.returncode == 2
     assert "RAY_ADDRESS" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_something_else_that_listens_at_the_address_is_given_up(tmp_path):
+    program = "import sys; from longrope2_ray import cli, driver; driver.CONNECT_SECONDS = 2.0; sys.exit(cli.main(sys.argv[1:]))"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, "-c", program, "search", "debug", "--run-dir", str(tmp_path / "run")],
+            capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "RAY_ADDRESS": address},
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert f"RAY_ADDRESS: expected a Ray cluster at '{address}', got no answer of one in 2 s" in result.stderr
 
 
 def test_more_gpus_than_there_are_says_so(tmp_path):

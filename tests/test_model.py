@@ -33,6 +33,7 @@ from longrope2_ray.model import (
     load_tokenizer,
     model_fingerprint,
     read_spec,
+    require_loadable,
     require_sight,
 )
 
@@ -333,12 +334,12 @@ def test_gguf_files_are_picked_or_asked_for(tmp_path: Path) -> None:
 
 def test_weights_that_are_missing_or_torn_are_refused(saved: dict[str, str], tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.path: expected weights"):
-        load_model(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match=r"model.path: expected weights .* which has none"):
+        require_loadable(str(tmp_path))
     whole = Path(saved["llama"], "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model.path: expected weights that can be loaded"):
-        load_model(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match=r"model.path: expected whole weights, got model.safetensors"):
+        require_loadable(str(tmp_path))
     more_layers = tiny_config("llama", num_hidden_layers=4)
     more_layers.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
@@ -409,6 +410,17 @@ def test_fingerprint_changes_with_weights_and_config(tmp_path: Path) -> None:
     second = model_fingerprint(path)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
     assert len({first, second, model_fingerprint(path)}) == 3
+
+
+def test_fingerprint_changes_with_weights_in_the_middle_of_a_large_file(tmp_path: Path) -> None:
+    path = save_tiny("llama", tmp_path)
+    large = tmp_path / "more.safetensors"
+    large.write_bytes(bytes(8 << 20))
+    first = model_fingerprint(path)
+    data = bytearray(large.read_bytes())
+    data[4 << 20 : (4 << 20) + (256 << 10)] = b"\x01" * (256 << 10)  # a tensor of 256 KiB in 8 MiB
+    large.write_bytes(data)
+    assert model_fingerprint(path) != first
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -87,6 +87,18 @@ def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
     assert cost["gpu_hours_most"] == pytest.approx(seconds / 3600)
 
 
+def test_flops_of_the_run_are_those_of_every_pass() -> None:
+    cost = plan(recipe({"racing": "exact"}, report={"lengths": [512, 2048], "methods": ["pi"]}), SHAPE, "h100")
+    one = cost["pass_pflop"]["total"]
+    report = [pass_flops(SHAPE, length)["total"] / 1e15 for length in (512, 2048)]
+    each = (cost["passes_most"] - cost["units"]) / 2
+    assert cost["pflop_most"] == pytest.approx(cost["units"] * one + each * sum(report))
+    raced_out = cost["passes_most"] - cost["passes_likely"]
+    assert cost["pflop_most"] - cost["pflop_likely"] == pytest.approx(raced_out * one)
+    said = f"FLOPs            {cost['pflop_most']:.4g} PFLOP at most, about {cost['pflop_likely']:.4g}"
+    assert said in format_plan(cost).splitlines()
+
+
 def test_memory_is_the_sum_of_its_parts_without_the_logits_that_are_avoided() -> None:
     memory = scorer_memory_bytes(SHAPE, recipe())
     parts = [gib for part, gib in memory.items() if part not in ("total", "full logits (avoided)")]

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
 from longrope2_ray import driver
+from longrope2_ray.cli import main
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.pool import Decision, ScorerPool, capacity, decide, scorer_resources
 from longrope2_ray.recipe import ScorerSection, StoppedError, load_recipe
+from longrope2_ray.report import REFRESHES
 from longrope2_ray.rundir import RunDir, Score
 from longrope2_ray.search import SearchRun, Status, Unit
 
@@ -35,8 +38,8 @@ class ToyScorer:
     def __init__(self, folder: str, start: str = "works"):
         self.folder, self.start = Path(folder), start
 
-    def place(self) -> int:
-        return os.getpid()
+    def place(self) -> tuple[int, str]:
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def ready(self) -> None:
         if self.start == "fails" or (self.start == "first-fails" and self._first("start")):
@@ -180,6 +183,28 @@ def test_memory_that_was_enough_before_gets_a_fresh_process(tmp_path):
     pool.close()
 
 
+def test_scorers_on_a_node_that_is_being_drained_finish_their_unit_and_leave(tmp_path, monkeypatch):
+    pool = toy_pool(tmp_path)
+    while pool.counts()["idle"] < 2:
+        pool.wait()
+    submit(pool, "slow", 4)  # two under way, two queued
+    here = {ray.get_runtime_context().get_node_id()}
+    assert {slot.node for slot in pool._slots.values()} == here
+    monkeypatch.setattr("longrope2_ray.pool.draining_nodes", lambda: here)
+    pool._looked = -math.inf
+    first = drain(pool, 2)
+    assert set(first) == {0, 1}
+    assert not {"scorer-00", "scorer-01"} & set(pool.process_ids())
+    monkeypatch.undo()
+    rest = drain(pool, 2)
+    assert set(rest) == {2, 3}
+    assert not {"scorer-00", "scorer-01"} & {score.scorer for score in rest.values()}
+    losses = pool.losses()
+    assert losses["requeued"] == 0
+    assert losses["preemptions"] >= 2
+    pool.close()
+
+
 @pytest.mark.parametrize("start", ["first-fails", "first-hangs"])
 def test_a_scorer_that_does_not_come_up_is_replaced_while_the_others_work(tmp_path, start):
     pool = toy_pool(tmp_path, start=start, load_seconds=3.0)
@@ -257,6 +282,16 @@ def test_capacity_counts_whole_scorers():
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2, "GPU": 8}) == {"CPU": 1, "GPU": 1}
 
 
+def test_a_scorer_that_fits_no_machine_is_refused():
+    prepared = driver.prepare(load_recipe("debug"))
+    huge = replace(prepared, spec=replace(prepared.spec, num_parameters=10**12))
+    with (
+        pytest.raises(ValueError, match=r"scorer: expected 3\d{3}\.\d GiB .* the largest machine has"),
+        driver.scorer_pool(huge),
+    ):
+        pass
+
+
 def debug_run(run_dir: Path, *overrides: str) -> bytes:
     """The debug recipe on the real model; the bytes of its winner."""
     prepared = driver.prepare(load_recipe("debug", overrides))
@@ -326,3 +361,9 @@ def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(tmp_path, undist
     assert third.returncode == 0
     assert "nothing was changed" in third.stdout
     assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+    page = (run_dir / "report.html").read_text()
+    (run_dir / "report.html").write_text(
+        page.replace("<title>", f"{REFRESHES} content='10'><title>")
+    )  # not the last one
+    assert main(["search", "debug", "--run-dir", str(run_dir)]) == 0
+    assert REFRESHES not in (run_dir / "report.html").read_text()

@@ -13,6 +13,7 @@ from longrope2_ray.recipe import (
     flatten,
     load_recipe,
     reference,
+    refuse_credentials,
 )
 
 RECIPES = sorted(Path(__file__).parents[1].glob("jobs/recipes/*.toml"))
@@ -93,7 +94,7 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),
         ("[needles]\ndepth = 'middle'", "needles.depth", "'middle'"),
         ("[needles]\nnum_samples = 0", "needles.num_samples", "0"),
-        ("[report]\nseed = 0\ntext = ['bundled:search']", "report.seed", "held out"),
+        ("[report]\ntext = ['bundled:search']", "report.text", "held out"),
         ("[report]\nlengths = [0]", "report.lengths", "0"),
         ("[report]\nattention_factors = ['x']", "report.attention_factors", "'x'"),
         (
@@ -257,6 +258,9 @@ def test_the_reference_lists_every_field() -> None:
         ("model.path", "s3://key:secret@bucket/model"),
         ("needles.text", '["s3://key:secret@bucket/books"]'),
         ("report.text", '["https://token@host/books.txt"]'),
+        ("model.path", "abfs://container:secret@account.dfs.core.windows.net/model"),
+        ("model.path", "s3://key:sec/secret@bucket/model"),
+        ("model.path", "s3://key:sec@secret@bucket/model"),
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: str, value: str) -> None:
@@ -264,3 +268,34 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: st
     assert line.startswith(f"{field}: expected a URL without credentials")
     assert "secret" not in line
     assert "token" not in line
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sig", "SIG", "X-Amz-Signature", "x-amz-credential", "X-Amz-Security-Token", "X-Goog-Signature", "token",
+     "access_token", "key", "secret", "password", "AWSAccessKeyId", "Signature", "X%2DAmz%2DSignature"],
+)  # fmt: skip
+@pytest.mark.parametrize("before", ["?", "?se=2030&sp=r&", "#", "?a;"])
+def test_a_secret_in_a_query_is_refused_and_not_repeated(before: str, key: str) -> None:
+    with pytest.raises(ValueError, match=r"without credentials, got https://host/a\?\*\*\*;") as caught:
+        refuse_credentials(f"https://host/a{before}{key}=hidden&se=1")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["abfs", "abfss", "wasb", "ABFS", "simplecache::abfs"])
+def test_the_container_of_an_azure_url_is_no_secret(scheme: str) -> None:
+    url = f"{scheme}://container@account.dfs.core.windows.net/path"
+    assert refuse_credentials(url) == url
+    for secret in (url.replace("@", ":hidden@"), f"{url}?sig=hidden"):
+        with pytest.raises(ValueError, match="without credentials") as caught:
+            refuse_credentials(secret)
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["runs/a@b", "s3://bucket/a@b", "https://host:8080/a@b", "http://[::1]:80/a@b", "https://host/a?se=1&page=2",
+     "https://host/key=1/a", "org/model"],
+)  # fmt: skip
+def test_a_url_without_a_secret_is_left_alone(url: str) -> None:
+    assert refuse_credentials(url) == url

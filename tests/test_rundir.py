@@ -426,6 +426,25 @@ def test_a_secret_in_the_url_is_refused_and_not_repeated() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_storage_that_cannot_be_written_is_one_clear_message() -> None:
+    for url in ("https://example.com/run", "zip://run"):
+        with pytest.raises(
+            RunDirError, match=rf"--run-dir: .* can be written, got {url}: this kind of storage cannot$"
+        ):
+            RunDir(url).create()
+
+
+def test_what_storage_cannot_do_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = RunDir(str(tmp_path / "run"), patience_seconds=60)
+
+    def cannot(*arguments: Any) -> bytes:
+        raise NotImplementedError
+
+    monkeypatch.setattr(run_dir, "_write_once", cannot)
+    with pytest.raises(RunDirError, match="cannot write"):
+        run_dir.write_bytes("report.html", b"x")
+
+
 # --- storage that is away
 
 

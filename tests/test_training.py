@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ import torch.distributed as dist
 import transformers
 from tiny_models import FAMILIES, SHAPE, VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
 from torch import multiprocessing
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.packing import Segment
 from longrope2_ray.plan import check_parallel
 from longrope2_ray.recipe import TrainSection
+from longrope2_ray.snapshots import is_whole, seal
 from longrope2_ray.training import (
     IGNORED,
     MixedTrainer,
@@ -336,6 +340,82 @@ def test_a_resumed_training_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert [second.step(step, batches[step]).loss for step in (2, 3)] == losses[2:]
     ends = whole.weights()
     assert all(torch.equal(ends[name], tensor) for name, tensor in second.weights().items())
+
+
+class Evil:
+    """Pickled, it is a call of os.system that touches a file."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.touched}",)
+
+
+def forge(checkpoint: Path, touched: Path, where: str) -> None:
+    """Put code into a checkpoint, and make its checksums those of an honest one."""
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    if where == "metadata":
+        metadata.planner_data = Evil(touched)
+    else:
+        name = "model.model.model.norm.weight"
+        (index,) = (index for index in metadata.storage_data if index.fqn == name)
+        info = metadata.storage_data.pop(index)
+        with (checkpoint / info.relative_path).open("ab") as file:
+            info.offset = file.tell()
+            torch.save(Evil(touched), file)
+            info.length = file.tell() - info.offset
+        if where == "bytes":
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            index = MetadataIndex(name)
+        metadata.storage_data[index] = info
+    path.write_bytes(pickle.dumps(metadata))
+    next(checkpoint.glob("whole-*")).unlink()
+    seal(str(checkpoint), 1, 0, 1)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("metadata", r"checkpoint/\.metadata is no checkpoint of a training.*\(posix\.system\)"),
+        ("tensor", r"checkpoint is no checkpoint of a training.*posix\.system"),
+        ("bytes", r"checkpoint is no checkpoint of a training.*norm\.weight is no tensor"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_and_its_code_not_run(tmp_path: Path, where: str, message: str) -> None:
+    trainer, checkpoint, touched = make_trainer(), tmp_path / "checkpoint", tmp_path / "touched"
+    trainer.step(0, [segment("short", 0), segment("long", 1)])
+    trainer.save(str(checkpoint), 1)
+    seal(str(checkpoint), 1, 0, 1)
+    assert trainer.load(str(checkpoint)) == 1
+    forge(checkpoint, touched, where)
+    assert is_whole(str(checkpoint), 0, 1)
+    with pytest.raises(ValueError, match=message):
+        trainer.load(str(checkpoint))
+    assert not touched.exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_metadata_of_other_pythons_is_read_and_other_content_refused(tmp_path: Path) -> None:
+    """3.11.2 pickles enums by getattr, 3.13 paths under another name; no name reaches through a class."""
+    metadata = "torch.distributed.checkpoint.metadata"
+    for text, message in (
+        (
+            f"cbuiltins\ngetattr\n(c{metadata}\n_MEM_FORMAT_ENCODING\nVTORCH_CONTIGUOUS_FORMAT\ntR.",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        ("cpathlib._local\nPosixPath\n(V/\nVtmp\ntR.", "NoneType"),
+        ("cbuiltins\ngetattr\n(ctorch\nSize\nV__class__\ntR.", "__class__"),
+        ("ctorch\nload\n.", "torch.load"),
+        (f"c{metadata}\nMetadata.__init__\n.", "Metadata.__init__"),
+        ("garbage", "pickle"),
+        ("", "input"),
+    ):
+        (tmp_path / ".metadata").write_text(text)
+        with pytest.raises(ValueError, match=rf"\.metadata is no checkpoint .*{message}"):
+            make_trainer().load(str(tmp_path))
 
 
 def test_a_segments_attention_refuses_a_mask() -> None:

@@ -27,8 +27,8 @@ class SleepingScorer:
     def __init__(self, seconds: float):
         self.seconds = seconds
 
-    def place(self) -> int:
-        return os.getpid()
+    def place(self) -> tuple[int, str]:
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def ready(self) -> None:
         pass
