@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,16 +39,21 @@ ENVIRONMENT = {
 }
 SCORER_FAULTS = ("hangs", "raises", "out-of-memory", "nan", "load-fails")
 STORAGE_FAULTS = ("slow", "away", "full")
+LINGERS = "lingers"  # no fault: a unit takes a second longer, so that there is time for one
+GRACE_SECONDS = 30.0  # that the manifests leave a driver after SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
 
 
 # --------------------------------------------------------------------------------------- inside driver and scorers
 
 
 def take(folder: str, fault: str) -> bool:
-    """Whether somebody ordered this fault; one order is one fault, however many could take it."""
-    order = Path(folder) / fault
+    """Whether somebody ordered this fault; one order is one fault, however many could take it, unless it lasts."""
+    order, taken = Path(folder) / fault, Path(folder) / f"{fault}.{uuid.uuid4().hex[:8]}.taken"
+    if Path(f"{order}.lasts").exists():
+        taken.touch()
+        return True
     try:
-        order.rename(f"{order}.{os.getpid()}.taken")
+        order.rename(taken)
     except OSError:
         return False
     return True
@@ -70,6 +76,8 @@ def misbehaving(folder: str) -> None:
             super().ready()
 
         def score(self, *unit: Any) -> Any:
+            if take(folder, LINGERS):
+                time.sleep(1)
             if take(folder, "hangs"):
                 time.sleep(1e6)
             if take(folder, "raises"):
@@ -108,7 +116,15 @@ class Chaos:
         folder.mkdir(parents=True, exist_ok=True)
 
     def order(self, fault: str) -> None:
+        """Once."""
         (self.folder / fault).touch()
+
+    def begin(self, fault: str) -> None:
+        """Every time, until it ends."""
+        (self.folder / f"{fault}.lasts").touch()
+
+    def end(self, fault: str) -> None:
+        (self.folder / f"{fault}.lasts").unlink()
 
     def taken(self) -> Counter[str]:
         return Counter(path.name.split(".")[0] for path in self.folder.glob("*.taken"))
@@ -198,19 +214,19 @@ class Cluster:
             stderr=subprocess.DEVNULL,
         )
 
-    def _alive(self) -> list[dict[str, Any]]:
-        """Nodes that the head takes for alive."""
+    def alive(self) -> set[str]:
+        """Ids of the nodes that the head takes for alive, its own among them."""
         from ray._raylet import GcsClient
 
         with suppress(Exception):
             found = GcsClient(address=self.address).get_all_node_info(timeout=5).values()
-            return [{"id": info.node_id.hex()} for info in found if info.state == 0]
-        return []
+            return {info.node_id.hex() for info in found if info.state == 0}
+        return set()
 
     def _wait_for(self, nodes: int) -> None:
         began = time.monotonic()
-        while len(self._alive()) < nodes:
-            assert time.monotonic() - began < 240, f"{len(self._alive())} of {nodes} nodes came up"
+        while len(self.alive()) < nodes:
+            assert time.monotonic() - began < 240, f"{len(self.alive())} of {nodes} nodes came up"
             time.sleep(0.5)
 
     def scorers(self) -> list[psutil.Process]:
@@ -227,18 +243,23 @@ class Cluster:
     def lose_node(self, index: int, notice: bool = False) -> None:
         """A node goes: without a word, or some seconds after its notice."""
         node = self.nodes.pop(index)
-        if notice and (id := self._node_id(node)):
-            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={id}",
+        if notice:
+            wait_until(
+                lambda: node.poll() is not None or self._node_id(node) in self.alive(), "the node can be drained"
+            )
+        if notice and node.poll() is None:  # else it went by itself
+            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={self._node_id(node)}",
                      "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=5"]  # fmt: skip
-            subprocess.run(drain, env=ENVIRONMENT, capture_output=True, check=False, timeout=120)
+            subprocess.run(drain, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120)
             time.sleep(3)
         kill_tree(node)
 
     def _node_id(self, node: subprocess.Popen[bytes]) -> str | None:
-        for process in psutil.Process(node.pid).children(recursive=True):
-            for argument in process.cmdline():
-                if argument.startswith("--node_id="):
-                    return argument.partition("=")[2]
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(node.pid).children(recursive=True):
+                for argument in process.cmdline():
+                    if argument.startswith("--node_id="):
+                        return argument.partition("=")[2]
         return None
 
     def restart_head(self, nodes: int) -> None:
@@ -296,6 +317,24 @@ def committed(run_dir: Path | str, known: dict[str, Units] | None = None) -> Cou
     return Counter(unit for name in names for unit in known.get(name, []))
 
 
+def scored_by(run_dir: Path | str) -> set[str]:
+    """Scorers that stand in the ledger."""
+    place = run_dir_of(run_dir)
+    bodies = [place.read_or_skip(name) for name in place.names("scores")]
+    return {row["scorer"] for body in bodies if body for row in body["rows"]}
+
+
+def losses(run_dir: Path | str) -> Counter[str]:
+    """What the newest status says was lost and mended."""
+    return Counter((run_dir_of(run_dir).status() or {}).get("losses", {}))
+
+
+def claims(run_dir: Path | str) -> dict[str, dict[str, Any]]:
+    """What drivers said when they took the directory over, by file."""
+    place = run_dir_of(run_dir)
+    return {name: body for name in place.names("drivers") if (body := place.read_or_skip(name))}
+
+
 def run_dir_of(run_dir: Path | str) -> Any:
     """The files of a run, on this machine or in a bucket."""
     from longrope2_ray.rundir import RunDir
@@ -338,9 +377,10 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -
         time.sleep(0.1)
 
 
-def stop(driver: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> int:
+def stop(driver: subprocess.Popen[bytes], number: int = signal.SIGKILL, seconds: float = 300) -> int:
+    """Its exit code, for which it has so long."""
     driver.send_signal(number)
-    return driver.wait(timeout=300)
+    return driver.wait(timeout=seconds)
 
 
 def main() -> int:

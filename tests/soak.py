@@ -5,7 +5,8 @@
 
 Every search meets two to four faults at random moments. It is started again whenever its driver is gone, and in the end
 its winner and every generation must be the same bytes, no unit may stand in the ledger twice, and none that was ever
-seen there may be missing unless its file was damaged on purpose. Run again with the same log, it goes on.
+seen there may be missing unless its file was damaged on purpose. A driver that is terminated must say so by its exit
+code, and in time. Run again with the same log, it goes on.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,16 +29,19 @@ from typing import Any
 import psutil
 import s3fs
 from chaos import (
+    GRACE_SECONDS,
     SCORER_FAULTS,
     STORAGE_FAULTS,
     Chaos,
     Cluster,
     Units,
+    claims,
     committed,
     damage,
     outcome,
     s3_server,
     start_driver,
+    wait_until,
 )
 
 # The demo's search; of its tables one row of each kind, since a fault in 441 units of a table is no other fault.
@@ -58,6 +63,7 @@ class Search:
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
         self.seen: Counter[tuple[str, str, int]] = Counter()
         self.damaged: list[str] = []
+        self.wrong_ends: list[str] = []  # of terminated drivers: exit code and what they said
         self.starts = 0
         self.clock_seconds = 0.0
         self.driver = self.start()
@@ -144,7 +150,20 @@ class Search:
         return f"exit code {self.stop(signal.SIGKILL)}"
 
     def driver_is_terminated(self) -> str:
-        return f"exit code {self.stop(signal.SIGTERM)}"
+        process = self.driver.pid
+        wait_until(lambda: self.driver.poll() is not None
+                   or any(claim["process"] == process for claim in claims(self.place).values()), "it is at work")  # fmt: skip
+        if self.driver.poll() is not None:
+            return f"it had ended with {self.driver.poll()}"
+        self.driver.send_signal(signal.SIGTERM)
+        try:
+            end = f"exit code {self.driver.wait(timeout=GRACE_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            self.stop(signal.SIGKILL)
+            end = f"no exit within {GRACE_SECONDS:g} s"
+        if end != "exit code 130":
+            self.wrong_ends.append(f"{end}: {self.log.read_text()[-3000:]}")
+        return end
 
     def second_driver_starts(self) -> str:
         older, self.driver = self.driver, self.start()
@@ -214,6 +233,7 @@ def soak(
         "differs": sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)),
         "units_lost": len(search.seen.keys() - final.keys()),
         "units_committed_twice": sum(count > 1 for count in final.values()),
+        "wrong_ends": search.wrong_ends,
         "starts": search.starts,
         "faults": happened,
         "misbehaviour": dict(search.chaos.taken()),
@@ -259,14 +279,17 @@ def run(args: argparse.Namespace, server: psutil.Process | None) -> int:
         cluster.close()
         shutil.rmtree(work, ignore_errors=True)
     right = sum(not bad(row) for row in rows)
+    same = sum(row["same_bytes"] for row in rows)
     faults = Counter(fault.split(" ")[0] for row in rows for fault in row["faults"])
-    print(f"{right} of {len(rows)} byte-identical, {sum(r['units_lost'] for r in rows)} units lost, "
-          f"{sum(r['units_committed_twice'] for r in rows)} committed twice; faults: {dict(faults)}")  # fmt: skip
+    print(f"{same} of {len(rows)} byte-identical, {sum(r['units_lost'] for r in rows)} units lost, "
+          f"{sum(r['units_committed_twice'] for r in rows)} committed twice, "
+          f"{sum(len(r.get('wrong_ends', [])) for r in rows)} wrong exit codes; faults: {dict(faults)}")  # fmt: skip
     return 0 if right == len(rows) else 1
 
 
 def bad(row: dict[str, Any]) -> bool:
-    return not row["same_bytes"] or row["units_lost"] > 0 or row["units_committed_twice"] > 0
+    lost = row["units_lost"] > 0 or row["units_committed_twice"] > 0
+    return not row["same_bytes"] or lost or bool(row.get("wrong_ends"))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,18 @@ from typing import Any
 
 import pytest
 from chaos import (
+    GRACE_SECONDS,
+    LINGERS,
     SCORER_FAULTS,
     STORAGE_FAULTS,
     Chaos,
     Cluster,
+    claims,
     committed,
     damage,
+    losses,
     outcome,
+    scored_by,
     start_driver,
     stop,
     wait_until,
@@ -50,6 +55,10 @@ class Run:
     def wait_for_scores(self, count: int) -> None:
         wait_until(lambda: len(committed(self.place)) >= count, f"{count} scores are committed in {self.place}")
 
+    @property
+    def ended(self) -> bool:
+        return (self.place / "winner.json").exists()
+
     def finish(self, driver: Any = None, **settings: Any) -> dict[str, bytes]:
         driver = driver or self.start(**settings)
         assert driver.wait(timeout=290) == 0, self.log.read_text()[-3000:]
@@ -73,7 +82,7 @@ def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(run: Run, u
     driver = run.start()
     run.wait_for_scores(8)
     before = committed(run.place)
-    assert stop(driver, signal.SIGTERM) == 130
+    assert stop(driver, signal.SIGTERM, GRACE_SECONDS) == 130
     log = run.log.read_text()
     assert "run the same command again to resume" in log
     assert "Traceback" not in log
@@ -100,10 +109,8 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", [*SCORER_FAULTS, *STORAGE_FAULTS])
-def test_a_scorer_or_a_storage_that_misbehaves_once_changes_nothing(
-    run: Run, undisturbed: dict[str, bytes], fault: str
-) -> None:
+@pytest.mark.parametrize("fault", SCORER_FAULTS)
+def test_a_scorer_that_misbehaves_once_changes_nothing(run: Run, undisturbed: dict[str, bytes], fault: str) -> None:
     if fault == "load-fails":
         run.chaos.order(fault)
     driver = run.start()
@@ -115,13 +122,51 @@ def test_a_scorer_or_a_storage_that_misbehaves_once_changes_nothing(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("notice", [True, False], ids=["with drain notice", "without notice"])
-def test_a_node_is_lost_and_another_joins_late(run: Run, undisturbed: dict[str, bytes], notice: bool) -> None:
+@pytest.mark.parametrize("fault", STORAGE_FAULTS)
+def test_a_storage_that_misbehaves_for_a_while_changes_nothing(
+    run: Run, undisturbed: dict[str, bytes], fault: str
+) -> None:
     driver = run.start()
     run.wait_for_scores(6)
-    run.cluster.lose_node(0, notice)
-    run.cluster.add_node(wait=False)
+    run.chaos.begin(fault)
+    wait_until(lambda: run.chaos.taken()[fault] >= 4, "several writes have been refused or slow", seconds=100)
+    assert not run.ended
+    run.chaos.end(fault)
     assert run.finish(driver) == undisturbed
+    assert max(committed(run.place).values()) == 1, "a unit was committed twice"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("notice", [True, False], ids=["with drain notice", "without notice"])
+def test_a_node_is_lost_and_another_joins_late(run: Run, undisturbed: dict[str, bytes], notice: bool) -> None:
+    run.chaos.begin(LINGERS)
+    driver = run.start()
+    wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")
+    run.cluster.lose_node(0, notice)
+    assert not run.ended, "the node was lost too late to matter"
+    run.cluster.add_node(wait=False)
+    costs = ["preemptions"] if notice else ["deaths", "requeued"]  # with notice a scorer may leave between two units
+    wait_until(lambda: losses(run.place)[costs[0]] > 0, "the driver has seen it", seconds=100)
+    run.chaos.end(LINGERS)
+    assert run.finish(driver) == undisturbed
+    assert min(losses(run.place)[cost] for cost in costs) >= 1, losses(run.place)
+
+
+@pytest.mark.long
+def test_a_node_that_joins_a_running_search_takes_part(run: Run, undisturbed: dict[str, bytes]) -> None:
+    run.cluster.lose_node(0)
+    wait_until(lambda: len(run.cluster.alive()) == 2, "the head and one node are left")
+    run.chaos.begin(LINGERS)
+    driver = run.start()
+    run.wait_for_scores(3)
+    before = scored_by(run.place)
+    assert len(before) == 1
+    run.cluster.add_node(wait=False)
+    wait_until(lambda: bool(scored_by(run.place) - before), "a new scorer stands in the ledger")
+    assert not run.ended
+    run.chaos.end(LINGERS)
+    assert run.finish(driver) == undisturbed
+    assert not losses(run.place).total(), "it is in another one's place"
 
 
 @pytest.mark.long
@@ -162,6 +207,9 @@ def test_clocks_that_are_off_by_days_change_nothing(run: Run, undisturbed: dict[
     run.wait_for_scores(10)
     stop(driver)
     assert run.finish(clock_seconds=86400.0) == undisturbed
+    for (name, claim), days in zip(claims(run.place).items(), (3, 1), strict=True):
+        off = abs(claim["started"] - (run.place / name).stat().st_mtime)
+        assert 60 < off < (days + 0.1) * 86400, "the driver's clock was right"
 
 
 @pytest.mark.long
