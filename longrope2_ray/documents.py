@@ -47,7 +47,7 @@ def find_files(source: SourceSection) -> list[tuple[str, int]]:
         if not infos:
             raise ValueError(
                 f"data.sources.{source.name}.path: expected a file, a directory, a glob, a URL or hf://<dataset id>, "
-                f"got {path!r}, which matches nothing"
+                f"got {path!r}, which matches nothing{'' if '://' in path else f' from {Path.cwd()}'}"
             )
         found += infos.items()
     return found

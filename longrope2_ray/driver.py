@@ -17,7 +17,7 @@ from longrope2_ray.baselines import require_methods
 from longrope2_ray.evolution import Evolution, SearchSpace
 from longrope2_ray.factors import RescaleFactors
 from longrope2_ray.needles import NeedleSample, build_needle_set, needle_fingerprint
-from longrope2_ray.plan import scorer_memory_bytes
+from longrope2_ray.plan import ACCELERATORS, RAY_ACCELERATORS, gpu_memory_bytes, scorer_memory_bytes
 from longrope2_ray.recipe import FREE_FIELDS, NeedleSection, Recipe, flatten
 from longrope2_ray.rundir import RunDir, Score
 from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_set, summarize
@@ -25,6 +25,7 @@ from longrope2_ray.text import load_books
 
 log = logging.getLogger("longrope2")
 CONNECT_SECONDS = 60.0
+MEMORY_MARGIN = 1.25  # of an estimate: what is refused for it would not have fitted
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,9 @@ def scorer_pool(prepared: Prepared) -> Iterator[Any]:
             f"the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU; where an autoscaler brings "
             f"nodes, set scorer.num_scorers to how many scorers to ask for, and model.device = 'cuda' if they have GPUs"
         )
-    if not resources["GPU"]:
+    if resources["GPU"]:
+        _require_gpu_memory(prepared)
+    else:
         _require_memory(prepared, recipe.scorer.num_scorers or room)
     factory = scorer_factory(recipe.model, recipe.scorer, ray.put(dict(prepared.needle_sets)), resources)
     pool = ScorerPool(factory, recipe.scorer.num_scorers, resources, recipe.scorer)
@@ -245,6 +248,28 @@ def _require_memory(prepared: Prepared, num_scorers: int) -> None:
             "%d scorers need about %.1f GiB, the cluster has %.1f; set scorer.num_scorers = %d if they are killed",
             num_scorers, num_scorers * need / 2**30, have / 2**30, int(have // need),
         )  # fmt: skip
+
+
+def _require_gpu_memory(prepared: Prepared) -> None:
+    """Refuse a scorer whose need is clearly above every GPU of the cluster, where Ray knows what they are."""
+    from longrope2_ray.pool import node_resources
+
+    prefix, share = "accelerator_type:", min(prepared.recipe.scorer.gpus_per_scorer, 1.0)
+    kinds = {
+        next((RAY_ACCELERATORS.get(name.removeprefix(prefix)) for name in node if name.startswith(prefix)), None)
+        for node in node_resources()
+        if node.get("GPU")
+    }
+    if not kinds or None in kinds:
+        return  # of an unknown one the first load says it
+    have, kind = max((ACCELERATORS[kind].memory_gib * share, kind) for kind in kinds if kind)
+    need = gpu_memory_bytes(prepared.spec, prepared.recipe) / 2**30
+    if need > MEMORY_MARGIN * have:
+        raise ValueError(
+            f"scorer: expected about {need:.1f} GiB on each GPU of a scorer at {prepared.recipe.search.target_length} tokens, "
+            f"the largest has {have:.1f} GiB ({kind}); set scorer.gpus_per_scorer, or lower search.target_length or "
+            f"scorer.mlp_chunk_tokens or set model.dtype = 'bfloat16', with another --run-dir"
+        )
 
 
 def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer]) -> dict[str, Any]:

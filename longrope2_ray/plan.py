@@ -56,6 +56,9 @@ ACCELERATORS = {
     "l40s": Accelerator(362, 45),
     "rtx4090": Accelerator(165, 22),
 }
+RAY_ACCELERATORS = {  # Ray's names for them, those that say a memory size
+    "H200": "h200", "H100": "h100", "A100-80G": "a100-80gb", "A100-40G": "a100-40gb", "L40S": "l40s", "GeForce-RTX-4090": "rtx4090",
+}  # fmt: skip
 UTILISATION = 0.4  # share of the peak that long prefill reaches with flash attention; --utilisation sets another
 RACED_OUT = 0.2  # share of units that exact racing saves, on the cautious side: the demo saved 0.59 (jobs/LOG.md)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -113,6 +116,12 @@ def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
         "logits": float(4 * ANSWER_TOKENS * shape.vocab_size),
     }
     return {**parts, "total": sum(parts.values()), "full logits (avoided)": float(size) * length * shape.vocab_size}
+
+
+def gpu_memory_bytes(shape: Shape, recipe: Recipe) -> float:
+    """Of these, what is on one GPU: several share the weights, and each holds all activations."""
+    memory, spread = scorer_memory_bytes(shape, recipe), max(1.0, recipe.scorer.gpus_per_scorer)
+    return memory["total"] - memory["weights"] * (1 - 1 / spread)
 
 
 def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dict[str, float]:
@@ -226,7 +235,6 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
     memory = scorer_memory_bytes(shape, recipe)
     gpus = recipe.scorer.gpus_per_scorer
     spread = max(1.0, gpus)  # layers go to one GPU after another, which wait for each other
-    on_one = memory["total"] - memory["weights"] * (1 - 1 / spread)
 
     def pflop(passes: int) -> float:
         return (passes * flops["total"] + report_flops) / 1e15
@@ -254,7 +262,7 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         "gpu_hours_likely": gpu_hours(likely),
         "scorer_memory_gib": {k: v / 2**30 for k, v in memory.items()},
         "gpus_per_scorer": gpus,
-        "fits": on_one / 2**30 <= device.memory_gib * min(gpus or 1.0, 1.0),
+        "fits": gpu_memory_bytes(shape, recipe) / 2**30 <= device.memory_gib * min(gpus or 1.0, 1.0),
         "training": plan_training(recipe, shape, accelerator, utilisation),
     }
 

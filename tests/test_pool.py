@@ -292,6 +292,24 @@ def test_a_scorer_that_fits_no_machine_is_refused():
         pass
 
 
+def test_a_scorer_that_fits_no_gpu_of_the_cluster_is_refused_where_their_kind_is_known(monkeypatch):
+    prepared = driver.prepare(load_recipe("debug"))
+    huge = replace(prepared, spec=replace(prepared.spec, num_parameters=30 * 10**9))  # 112 GiB in float32
+    nodes = [
+        {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1},
+        {"CPU": 8, "GPU": 8, "accelerator_type:L40S": 1},
+        {"CPU": 4},
+    ]
+    monkeypatch.setattr("longrope2_ray.pool.node_resources", lambda: nodes)
+    with pytest.raises(ValueError, match=r"scorer: expected about 11\d\.\d GiB .* the largest has 74\.0 GiB \(h100\)"):
+        driver._require_gpu_memory(huge)
+    driver._require_gpu_memory(prepared)
+    spread = prepared.recipe.model_copy(update={"scorer": ScorerSection(gpus_per_scorer=2)})
+    driver._require_gpu_memory(replace(huge, recipe=spread))
+    nodes[1] = {"CPU": 8, "GPU": 8, "accelerator_type:B300": 1}  # unknown: it may be large enough
+    driver._require_gpu_memory(huge)
+
+
 def debug_run(run_dir: Path, *overrides: str) -> bytes:
     """The debug recipe on the real model; the bytes of its winner."""
     prepared = driver.prepare(load_recipe("debug", overrides))
