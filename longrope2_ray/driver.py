@@ -21,7 +21,7 @@ from longrope2_ray.plan import ACCELERATORS, RAY_ACCELERATORS, gpu_memory_bytes,
 from longrope2_ray.recipe import FREE_FIELDS, NeedleSection, Recipe, flatten
 from longrope2_ray.rundir import RunDir, Score
 from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_set, summarize
-from longrope2_ray.text import load_books
+from longrope2_ray.text import Book, load_books
 
 log = logging.getLogger("longrope2")
 CONNECT_SECONDS = 60.0
@@ -61,7 +61,8 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
     require_methods(recipe.report.methods)
-    require_held_out(recipe)
+    books = {name: load_books(getattr(recipe, name).text, f"{name}.text") for name in ("needles", "report")}
+    require_held_out(books["needles"], books["report"])
     model, target = recipe.model, recipe.search.target_length
     check_attention(model.attention, model.device)
     spec = read_spec(model.path, original_length=model.original_length, **model.reading)
@@ -73,7 +74,7 @@ def prepare(recipe: Recipe) -> Prepared:
     def samples(name: str, section: NeedleSection, length: int) -> list[NeedleSample]:
         return build_needle_set(
             tokenizer,
-            load_books(section.text, f"{name}.text"),
+            books[name],
             length=length,
             num_samples=section.num_samples,
             seed=section.seed,
@@ -88,14 +89,14 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **model.files), **fingerprints})
 
 
-def require_held_out(recipe: Recipe) -> None:
+def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None:
     """Refuse a text that is both searched on and reported on.
 
     Raises:
         ValueError: if so; the message names it.
     """
-    searched = {book.text: book.name for book in load_books(recipe.needles.text, "needles.text")}
-    shared = [book.name for book in load_books(recipe.report.text, "report.text") if book.text in searched]
+    texts = {book.text for book in searched}
+    shared = [book.name for book in reported if book.text in texts]
     if shared:
         raise ValueError(
             f"report.text: expected texts that needles.text does not have, so that what is reported is held out, got "
