@@ -244,17 +244,15 @@ class Cluster:
         """A node goes: without a word, or some seconds after its notice."""
         node = self.nodes.pop(index)
         if notice:
-            wait_until(
-                lambda: node.poll() is not None or self._node_id(node) in self.alive(), "the node can be drained"
-            )
+            wait_until(lambda: node.poll() is not None or self.node_id(node) in self.alive(), "the node can be drained")
         if notice and node.poll() is None:  # else it went by itself
-            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={self._node_id(node)}",
+            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={self.node_id(node)}",
                      "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=5"]  # fmt: skip
             subprocess.run(drain, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120)
             time.sleep(3)
         kill_tree(node)
 
-    def _node_id(self, node: subprocess.Popen[bytes]) -> str | None:
+    def node_id(self, node: subprocess.Popen[bytes]) -> str | None:
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(node.pid).children(recursive=True):
                 for argument in process.cmdline():

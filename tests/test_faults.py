@@ -6,16 +6,24 @@ Those of a single scorer stand in test_pool.py, those of single files in test_ru
 test_storage.py; tests/soak.py mixes all of them at random.
 """
 
+import os
 import random
+import shlex
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chaos import (
+    BIN,
+    ENVIRONMENT,
     GRACE_SECONDS,
     LINGERS,
+    ROOT,
     SCORER_FAULTS,
     STORAGE_FAULTS,
     Chaos,
@@ -23,6 +31,7 @@ from chaos import (
     claims,
     committed,
     damage,
+    kill_tree,
     losses,
     outcome,
     scored_by,
@@ -223,3 +232,61 @@ def test_files_that_are_torn_flipped_or_missing_are_made_again(
     stop(driver)
     done = [damage(run.place, rng) for _ in range(4)]
     assert run.finish() == undisturbed, done
+
+
+# --- what the manifests tell a pod to do before it goes
+
+
+def pre_stop(group: str) -> str:
+    """The shell's line in the search job's manifest: of the ``head``, or of the ``workers``."""
+    spec = yaml.safe_load((ROOT / "cluster/kuberay/search-job.yaml").read_text())["spec"]["rayClusterSpec"]
+    pod = spec["headGroupSpec"] if group == "head" else spec["workerGroupSpecs"][0]
+    command = pod["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:2] == ["/bin/sh", "-c"]
+    return str(command[2])
+
+
+def as_in_a_pod(line: str, folder: Path, address: str, **narrower: str) -> subprocess.Popen[bytes]:
+    """Run a line where it sees what a pod sees: ``narrower`` are options, by command, that leave the rest of this machine out."""
+    for name, options in narrower.items():
+        real = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
+        (folder / name).write_text(f'#!/bin/sh\nexec {real} "$@" {options}\n')
+        (folder / name).chmod(0o755)
+    environment = {**ENVIRONMENT, "RAY_ADDRESS": address, "PATH": f"{folder}:{BIN}:{os.environ['PATH']}"}
+    return subprocess.Popen(["/bin/sh", "-c", line], env=environment)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill (procps) is not installed")
+def test_a_head_that_is_stopped_lets_its_driver_end(run: Run, undisturbed: dict[str, bytes]) -> None:
+    command = shlex.join(["jobs/search.py", *RECIPE, "--run-dir", str(run.place)])
+    environment = {**ENVIRONMENT, "RAY_ADDRESS": run.cluster.address, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with run.log.open("ab") as out:  # through a shell, as Ray runs an entrypoint
+        driver = subprocess.Popen(f"python {command} || exit $?", shell=True, cwd=ROOT, env=environment, stdout=out,
+                                  stderr=out, start_new_session=True)  # fmt: skip
+    run.wait_for_scores(8)
+    before = committed(run.place)
+    session = f"--session {driver.pid}"
+    hook = as_in_a_pod(pre_stop("head"), run.folder, run.cluster.address, pkill=session, pgrep=session)
+    assert hook.wait(timeout=GRACE_SECONDS) == 0, "it is over when the driver is"
+    assert driver.wait(timeout=1) == 130, run.log.read_text()[-3000:]
+    assert not before - committed(run.place)
+    assert not run.ended
+    assert run.finish() == undisturbed
+
+
+@pytest.mark.long
+def test_a_worker_that_is_stopped_gives_notice(run: Run, undisturbed: dict[str, bytes]) -> None:
+    run.chaos.begin(LINGERS)
+    driver = run.start()
+    wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")
+    node = run.cluster.node_id(run.cluster.nodes[0])
+    hook = as_in_a_pod(pre_stop("workers"), run.folder, run.cluster.address, ray=f"--node-id={node}")
+    wait_until(lambda: losses(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60)
+    assert hook.poll() is None, "the pod waits for what runs in it"
+    assert run.cluster.nodes[0].poll() is None
+    assert not losses(run.place)["requeued"]
+    kill_tree(hook)
+    run.cluster.lose_node(0)
+    run.chaos.end(LINGERS)
+    assert run.finish(driver) == undisturbed
