@@ -42,7 +42,7 @@ class ModelSpec:
         rope_base: RoPE base of the full-attention layers.
         original_length: pre-trained window L0, in tokens.
         hidden_size: width of the residual stream.
-        intermediate_size: inner width of the MLP.
+        intermediate_size: inner width of the MLP; of a mixture of experts, of all those that one token is sent to.
         num_layers: decoder layers.
         num_heads: query heads.
         num_kv_heads: key and value heads.
@@ -125,7 +125,7 @@ def read_spec(
         rope_base=float(rope["rope_theta"]),
         original_length=int(length),
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=_inner_width(text),
         num_layers=text.num_hidden_layers,
         num_heads=num_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
@@ -134,6 +134,18 @@ def read_spec(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         sliding_window=_window_of_every_layer(text),
     )
+
+
+def _inner_width(text: Any) -> int:
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    experts = getattr(text, "num_experts_per_tok", None)
+    if not experts:
+        return int(width)
+    one = getattr(text, "moe_intermediate_size", None) or width
+    shared = getattr(text, "shared_expert_intermediate_size", None) or one * (
+        getattr(text, "n_shared_experts", None) or 0
+    )
+    return int(experts * one + shared)
 
 
 def read_config(

@@ -66,7 +66,7 @@ ANSWER_TOKENS = 16  # at most: seven digits as one to eight tokens, with room
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Weights of one decoder layer that a token passes: attention projections and one gated MLP."""
+    """Weights of one decoder layer that a token passes: attention projections and a gated MLP, or its experts."""
     attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     return attention + 3 * shape.hidden_size * shape.intermediate_size
 
@@ -136,7 +136,8 @@ def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dic
     layer = size * tokens * (6 * shape.hidden_size + 2 * heads + 3 * shape.intermediate_size)
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     saved = size * tokens * shape.hidden_size if settings.activation_checkpointing else layer
-    gathered = 2 * layer_parameters(shape) + embeddings  # this layer, the next one, and what stays gathered
+    one = (num_parameters(shape) - embeddings) / shape.num_layers  # with all experts of a mixture
+    gathered = 2 * one + embeddings  # this layer, the next one, and what stays gathered
     parts = {
         "weights, gradients, AdamW": 16.0 * num_parameters(shape) / num_workers,
         "gathered weights": float((size + 4) * gathered),  # and their gradients in float32 before they are reduced

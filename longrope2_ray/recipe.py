@@ -69,7 +69,9 @@ class ShapeSection(Section):
 
     model_type: str = "llama"
     hidden_size: Positive
-    intermediate_size: Positive
+    intermediate_size: Positive = Field(
+        description="Inner width of the MLP; of a mixture of experts, of all those that one token is sent to."
+    )
     num_layers: Positive
     num_heads: Positive
     num_kv_heads: Positive

@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, WINDOW, save_tiny, some_factors, spec_of, tiny_config, tiny_model
+import transformers
+from tiny_models import FAMILIES, SHAPE, VOCABULARY, WINDOW, save_tiny, some_factors, spec_of, tiny_config, tiny_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -36,6 +37,7 @@ from longrope2_ray.model import (
     require_loadable,
     require_sight,
 )
+from longrope2_ray.plan import layer_parameters
 
 ATTENTION_FACTOR = 1.17
 
@@ -72,6 +74,28 @@ def test_spec_matches_the_loaded_model(family: str, saved: dict[str, str]) -> No
     assert (spec.num_heads, spec.num_kv_heads) == (4, 2)
     assert spec.sliding_window == (40 if family == "mistral_windowed" else None)
     assert spec.rope_base == {"llama_odd_head_dim": 5e5, "qwen2": 1e6, "gemma3": 1e6}.get(family, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 2}),
+        ("Qwen3MoeConfig", {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}),
+        ("Qwen2MoeConfig", {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                            "shared_expert_intermediate_size": 40}),
+        ("Glm4MoeConfig", {"n_routed_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                           "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}),
+    ],
+)  # fmt: skip
+def test_a_mixture_of_experts_counts_those_that_a_token_is_sent_to(config: str, changes: dict, tmp_path: Path) -> None:
+    """Here a token is sent to all of them, so that it passes every matrix of a layer but the routers'."""
+    model = tiny_model(getattr(transformers, config)(**SHAPE | changes))
+    model.save_pretrained(tmp_path)
+    matrices = {name: p for name, p in model.get_decoder().layers[0].named_parameters() if p.ndim > 1}
+    routers = [name for name in matrices if name.endswith(("gate.weight", "shared_expert_gate.weight"))]
+    assert routers
+    passed = sum(p.numel() for name, p in matrices.items() if name not in routers)
+    assert layer_parameters(read_spec(str(tmp_path))) == passed
 
 
 def test_a_sliding_window_can_be_opened(saved: dict[str, str]) -> None:
