@@ -237,13 +237,19 @@ def test_files_that_are_torn_flipped_or_missing_are_made_again(
 # --- what the manifests tell a pod to do before it goes
 
 
-def pre_stop(group: str) -> str:
-    """The shell's line in the search job's manifest: of the ``head``, or of the ``workers``."""
-    spec = yaml.safe_load((ROOT / "cluster/kuberay/search-job.yaml").read_text())["spec"]["rayClusterSpec"]
-    pod = spec["headGroupSpec"] if group == "head" else spec["workerGroupSpecs"][0]
-    command = pod["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command[:2] == ["/bin/sh", "-c"]
-    return str(command[2])
+def pre_stop(kind: str) -> str:
+    """The shell's line of the ``head`` or a ``worker``, the same in every manifest."""
+    lines = set()
+    for path in (ROOT / "cluster/kuberay").iterdir():
+        spec = yaml.safe_load(path.read_text())["spec"]
+        cluster = spec.get("rayClusterSpec", spec)
+        for group in [cluster["headGroupSpec"]] if kind == "head" else cluster["workerGroupSpecs"]:
+            (container,) = group["template"]["spec"]["containers"]
+            shell, option, line = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert (shell, option) == ("/bin/sh", "-c")
+            lines.add(line)
+    (only,) = lines
+    return str(only)
 
 
 def as_in_a_pod(line: str, folder: Path, address: str, **narrower: str) -> subprocess.Popen[bytes]:
@@ -281,7 +287,7 @@ def test_a_worker_that_is_stopped_gives_notice(run: Run, undisturbed: dict[str, 
     driver = run.start()
     wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")
     node = run.cluster.node_id(run.cluster.nodes[0])
-    hook = as_in_a_pod(pre_stop("workers"), run.folder, run.cluster.address, ray=f"--node-id={node}")
+    hook = as_in_a_pod(pre_stop("worker"), run.folder, run.cluster.address, ray=f"--node-id={node}")
     wait_until(lambda: losses(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60)
     assert hook.poll() is None, "the pod waits for what runs in it"
     assert run.cluster.nodes[0].poll() is None
