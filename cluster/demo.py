@@ -31,9 +31,9 @@ from typing import Any
 
 import psutil
 
-from longrope2_ray.metrics import format_seconds
-from longrope2_ray.report import format_table
-from longrope2_ray.rundir import RunDir
+from longrope2_ray.report.progress import format_seconds
+from longrope2_ray.report.tables import format_table
+from longrope2_ray.storage.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))

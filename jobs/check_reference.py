@@ -7,12 +7,13 @@ import argparse
 import random
 import zlib
 
-from longrope2_ray.baselines import baseline, su_attention_factor
-from longrope2_ray.model import load_model, load_tokenizer, read_spec
-from longrope2_ray.needles import NeedleSample, build_sample, draw_key, draw_value
-from longrope2_ray.scoring import NeedleScorer
-from longrope2_ray.search import perplexity
-from longrope2_ray.text import load_books
+from longrope2_ray.model.loading import load_model, load_tokenizer
+from longrope2_ray.model.spec import read_spec
+from longrope2_ray.rope.baselines import baseline, su_attention_factor
+from longrope2_ray.search.scorer import NeedleScorer
+from longrope2_ray.search.scores import perplexity
+from longrope2_ray.tasks.books import load_books
+from longrope2_ray.tasks.needle import NeedleSample, build_sample, draw_key, draw_value
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METHODS = ("unscaled", "pi", "ntk-aware", "ntk", "llama3", "yarn", "longrope2")

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longrope2_ray.needles import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
-from longrope2_ray.text import load_books
+from longrope2_ray.tasks.books import load_books
+from longrope2_ray.tasks.needle import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
 
 TEXT = Path(__file__).parent / "pretrain_text"
 IGNORE = -100

@@ -12,8 +12,8 @@ import random
 import zlib
 from pathlib import Path
 
-from longrope2_ray.needles import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
-from longrope2_ray.text import load_books
+from longrope2_ray.tasks.books import load_books
+from longrope2_ray.tasks.needle import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
 
 TEXT = Path(__file__).parent / "pretrain_text"
 

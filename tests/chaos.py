@@ -63,7 +63,8 @@ def misbehaving(folder: str) -> None:
     """Put scorers and storage that misbehave on order in place of the real ones, which they otherwise are."""
     import ray
 
-    from longrope2_ray import pool, rundir
+    from longrope2_ray.storage import rundir
+    from longrope2_ray.workers import pool
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
     real_scorer: Any = pool.Scorer
@@ -335,7 +336,7 @@ def claims(run_dir: Path | str) -> dict[str, dict[str, Any]]:
 
 def run_dir_of(run_dir: Path | str) -> Any:
     """The files of a run, on this machine or in a bucket."""
-    from longrope2_ray.rundir import RunDir
+    from longrope2_ray.storage.rundir import RunDir
 
     return RunDir(str(run_dir))
 

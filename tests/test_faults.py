@@ -1,9 +1,9 @@
 """What a run must survive, on real Ray processes: every test ends in the bytes of a run that nobody disturbed.
 
-    python -m pytest -m "long or not long" tests/test_faults.py tests/test_pool.py      # all of them
+    python -m pytest -m "long or not long" tests/test_faults.py tests/workers      # all of them
 
-Those of a single scorer stand in test_pool.py, those of single files in test_rundir.py, object storage in
-test_storage.py; tests/soak.py mixes all of them at random.
+Those of a single scorer stand in tests/workers, those of single files and object storage in
+tests/storage; tests/soak.py mixes all of them at random.
 """
 
 import os

@@ -2,18 +2,18 @@ from typing import Any
 
 import pytest
 
-from longrope2_ray.plan import (
+from longrope2_ray.model.costs import (
     ACCELERATORS,
-    RACED_OUT,
-    format_plan,
     num_parameters,
     pass_flops,
-    plan,
     scorer_memory_bytes,
     step_flops,
     training_memory_bytes,
 )
-from longrope2_ray.recipe import Recipe, ShapeSection, load_recipe
+from longrope2_ray.plan import RACED_OUT, format_plan, plan
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.recipe.sections import ShapeSection
 
 SHAPE = ShapeSection(
     hidden_size=64,

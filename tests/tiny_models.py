@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import transformers
 
-from longrope2_ray.model import ModelSpec
-from longrope2_ray.needles import NeedleSample
+from longrope2_ray.model.spec import ModelSpec
+from longrope2_ray.tasks.needle import NeedleSample
 
 WINDOW = 48
 VOCABULARY = 97

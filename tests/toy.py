@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from longrope2_ray.recipe import Recipe
-from longrope2_ray.rope import RopeGeometry
-from longrope2_ray.rundir import RunDir, Score
-from longrope2_ray.search import SEARCH_SET, Observer, SearchRun, Unit, report_set
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.loop import SearchRun
+from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, report_set
+from longrope2_ray.search.status import Observer
+from longrope2_ray.storage.rundir import RunDir
 
 GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
 TARGET_LENGTH = 1024

@@ -18,10 +18,11 @@ def peak_mib() -> float:
 
 
 def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> None:
-    from longrope2_ray.factors import RescaleFactors
-    from longrope2_ray.model import load_model, load_skeleton, read_spec
-    from longrope2_ray.recipe import TrainSection
-    from longrope2_ray.training import MixedTrainer
+    from longrope2_ray.model.loading import load_model, load_skeleton
+    from longrope2_ray.model.spec import read_spec
+    from longrope2_ray.recipe.training import TrainSection
+    from longrope2_ray.rope.factors import RescaleFactors
+    from longrope2_ray.training.step import MixedTrainer
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
     spec, imports, began = read_spec(model), peak_mib(), time.perf_counter()

@@ -13,12 +13,14 @@ import time
 
 import ray
 
-from longrope2_ray import driver
-from longrope2_ray.pool import ScorerPool
-from longrope2_ray.recipe import Recipe, ScorerSection
-from longrope2_ray.rope import RopeGeometry
-from longrope2_ray.rundir import RunDir
-from longrope2_ray.search import SEARCH_SET, SearchRun
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.recipe.sections import ScorerSection
+from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.loop import SearchRun
+from longrope2_ray.search.scores import SEARCH_SET
+from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.workers.connection import ray_session
+from longrope2_ray.workers.pool import ScorerPool
 
 
 class SleepingScorer:
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    with driver.ray_session():
+    with ray_session():
         rates = [measure(4, 0.0, 64, 30)[0] for _ in range(args.repeats)]
         print(
             f"no-op units per second (4 scorers): median {statistics.median(rates):.0f} of {[round(r) for r in rates]}"

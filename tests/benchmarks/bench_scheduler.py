@@ -31,11 +31,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from longrope2_ray.factors import assemble
-from longrope2_ray.recipe import Recipe, ScorerSection
-from longrope2_ray.rope import RopeGeometry
-from longrope2_ray.rundir import RunDir, Score
-from longrope2_ray.search import SEARCH_SET, SearchRun, Status, Unit, report_set
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.recipe.sections import ScorerSection
+from longrope2_ray.rope.factors import assemble
+from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.loop import SearchRun
+from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, report_set
+from longrope2_ray.search.status import Status
+from longrope2_ray.storage.rundir import RunDir
 
 GEOMETRY = RopeGeometry(128, 128, 5e5, 8192)  # Llama-3-8B
 TARGET_LENGTH, NUM_SAMPLES, NUM_TOKENS = 131_072, 10, 8
@@ -232,8 +235,8 @@ class SleepingScorers:
 def on_ray(args: argparse.Namespace) -> None:
     import ray
 
-    from longrope2_ray import driver
-    from longrope2_ray.pool import ScorerPool
+    from longrope2_ray.workers.connection import ray_session
+    from longrope2_ray.workers.pool import ScorerPool
 
     def one(scorers: int, settings: Recipe, run_dir: RunDir) -> Trace:
         actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
@@ -248,17 +251,17 @@ def on_ray(args: argparse.Namespace) -> None:
         pool.close()
         return trace
 
-    with driver.ray_session():
+    with ray_session():
         table(args, one)
 
 
 def floor(args: argparse.Namespace, duration: float = 40.0) -> None:
     import ray
 
-    from longrope2_ray import driver
+    from longrope2_ray.workers.connection import ray_session
 
     values = IDEAL.tolist()
-    with driver.ray_session():
+    with ray_session():
         for scorers in args.scorers:
             actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
             answers: SimpleQueue[Any] = SimpleQueue()

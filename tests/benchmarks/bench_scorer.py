@@ -81,9 +81,10 @@ def run_variant(options: argparse.Namespace) -> dict[str, object]:
     import numpy as np
     import torch
 
-    from longrope2_ray.model import load_model, read_spec
-    from longrope2_ray.needles import NeedleSample
-    from longrope2_ray.scoring import NeedleScorer, plain_loss
+    from longrope2_ray.model.loading import load_model
+    from longrope2_ray.model.spec import read_spec
+    from longrope2_ray.search.scorer import NeedleScorer, plain_loss
+    from longrope2_ray.tasks.needle import NeedleSample
 
     spec = read_spec(options.model)
     model = load_model(

@@ -43,11 +43,13 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from longrope2_ray.factors import RescaleFactors
-    from longrope2_ray.model import DTYPES, load_model, read_spec
-    from longrope2_ray.packing import Segment
-    from longrope2_ray.recipe import TrainSection
-    from longrope2_ray.training import MixedTrainer, targets_of
+    from longrope2_ray.data.packing import Segment
+    from longrope2_ray.model.loading import load_model
+    from longrope2_ray.model.spec import DTYPES, read_spec
+    from longrope2_ray.recipe.training import TrainSection
+    from longrope2_ray.rope.factors import RescaleFactors
+    from longrope2_ray.training.batches import targets_of
+    from longrope2_ray.training.step import MixedTrainer
 
     spec, (window,) = read_spec(options.model), options.windows
     ours = options.variant != "plain"

@@ -14,11 +14,13 @@ import time
 
 import ray
 
-from longrope2_ray import driver
-from longrope2_ray.evolution import Evolution, SearchSpace
-from longrope2_ray.racing import Race
-from longrope2_ray.recipe import load_recipe
-from longrope2_ray.search import SEARCH_SET, perplexity, report_set
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.search import job as search_job
+from longrope2_ray.search.evolution import Evolution
+from longrope2_ray.search.racing import Race
+from longrope2_ray.search.scores import SEARCH_SET, perplexity, report_set
+from longrope2_ray.search.space import SearchSpace
+from longrope2_ray.workers.connection import ray_session
 
 VARIANTS: dict[str, dict] = {
     "default": {},
@@ -61,9 +63,9 @@ VARIANTS: dict[str, dict] = {
 class Runner:
     """Keeps the model; runs one search after the other in its process."""
 
-    def __init__(self, prepared: driver.Prepared):
-        from longrope2_ray.model import load_model
-        from longrope2_ray.scoring import NeedleScorer
+    def __init__(self, prepared: search_job.Prepared):
+        from longrope2_ray.model.loading import load_model
+        from longrope2_ray.search.scorer import NeedleScorer
 
         model = prepared.recipe.model
         loaded = load_model(model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1)
@@ -130,9 +132,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     args, overrides = parser.parse_known_args()
-    prepared = driver.prepare(load_recipe(args.recipe, overrides))
+    prepared = search_job.prepare(load_recipe(args.recipe, overrides))
     units = 10**9 if args.iterations is not None else args.units
-    with driver.ray_session():
+    with ray_session():
         runners = [Runner.remote(prepared) for _ in range(int(ray.cluster_resources()["CPU"]))]
         pool = ray.util.ActorPool(runners)
         work = [

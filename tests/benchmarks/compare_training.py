@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longrope2_ray.factors import RescaleFactors
-from longrope2_ray.model import PinnedRope, load_model, load_tokenizer, read_spec
-from longrope2_ray.needles import build_needle_set
-from longrope2_ray.recipe import load_recipe
-from longrope2_ray.rundir import RunDir
-from longrope2_ray.scoring import NeedleScorer
-from longrope2_ray.text import load_books
-from longrope2_ray.trainer import find_factors
+from longrope2_ray.model.loading import load_model, load_tokenizer
+from longrope2_ray.model.pinned_rope import PinnedRope
+from longrope2_ray.model.spec import read_spec
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.rope.factors import RescaleFactors
+from longrope2_ray.search.scorer import NeedleScorer
+from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.tasks.books import load_books
+from longrope2_ray.tasks.needle import build_needle_set
+from longrope2_ray.training.job import find_factors
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 VARIANTS = {  # name: fields of the recipe
@@ -37,7 +39,7 @@ VARIANTS = {  # name: fields of the recipe
 
 
 def longrope2(command: str, recipe: str, run_dir: str, *overrides: str) -> None:
-    line = [sys.executable, "-m", "longrope2_ray.cli", command, recipe, *overrides, "--run-dir", run_dir]
+    line = [sys.executable, "-m", "longrope2_ray", command, recipe, *overrides, "--run-dir", run_dir]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(line)}\n{done.stderr[-3000:]}")

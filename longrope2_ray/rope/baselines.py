@@ -1,0 +1,143 @@
+"""The methods that LongRoPE2 is compared with, each as a plain factor vector."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from longrope2_ray.rope.factors import RescaleFactors, assemble
+from longrope2_ray.rope.geometry import RopeGeometry
+
+
+def su_attention_factor(ratio: float, original_length: float) -> float:
+    """``sqrt(1 + ln ratio / ln L0)``: LongRoPE's and HF ``longrope``'s default temperature."""
+    return math.sqrt(1 + math.log(ratio) / math.log(original_length)) if ratio > 1 else 1.0
+
+
+def yarn_attention_factor(ratio: float) -> float:
+    """``0.1 ln ratio + 1`` (YaRN, Eq. 22)."""
+    return 0.1 * math.log(ratio) + 1 if ratio > 1 else 1.0
+
+
+def unscaled(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """The model as it is: ones."""
+    return np.ones(geometry.num_cosines)
+
+
+def pi(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """Position interpolation (Chen et al. 2023): the ratio everywhere."""
+    return np.full(geometry.num_cosines, target_length / geometry.original_length)
+
+
+def ntk_aware(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """NTK-aware scaling: ``ratio^(2i / (d - 2))``."""
+    ratio = target_length / geometry.original_length
+    return ratio ** (np.arange(geometry.num_cosines) / max(geometry.num_cosines - 1, 1))
+
+
+def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """NTK with the base of Liu et al.: ``base_ntk = base^(ln(L/2pi) / ln(L0/2pi))``."""
+    power = math.log(target_length / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
+    exponents = (power - 1) * 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
+    return geometry.base**exponents
+
+
+def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
+    """NTK whose base makes the factor reach the ratio at ``critical_dim`` instead of ``d_tcd`` (Table 5)."""
+    ratio = target_length / geometry.original_length
+    return ratio ** (np.arange(geometry.num_cosines) / max(critical_dim, 1))
+
+
+def _yarn_ramp(geometry: RopeGeometry, target_length: int, low: float, high: float) -> np.ndarray:
+    ratio = target_length / geometry.original_length
+    keep: np.ndarray = 1 - np.clip((np.arange(geometry.num_cosines) - low) / max(high - low, 1e-3), 0, 1)
+    return 1 / (keep + (1 - keep) / ratio)
+
+
+def _dim_of_rotations(geometry: RopeGeometry, rotations: float) -> float:
+    turns = geometry.original_length / (2 * math.pi * rotations)
+    return geometry.num_cosines * math.log(turns) / math.log(geometry.base)
+
+
+def yarn(geometry: RopeGeometry, target_length: int, alpha: float = 1.0, beta: float = 32.0) -> np.ndarray:
+    """YaRN's by-parts ramp between ``beta`` and ``alpha`` rotations in L0 (as in transformers, bounds truncated)."""
+    low = max(math.floor(_dim_of_rotations(geometry, beta)), 0)
+    high = min(math.ceil(_dim_of_rotations(geometry, alpha)), geometry.rotary_dim - 1)
+    return _yarn_ramp(geometry, target_length, low, high)
+
+
+def yarn_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int, beta: float = 32.0) -> np.ndarray:
+    """YaRN with full interpolation from ``critical_dim`` on instead of ``d_tcd`` (Table 5)."""
+    shift = critical_dim - geometry.theoretical_critical_dim
+    low = max(math.floor(_dim_of_rotations(geometry, beta)) + shift, 0)
+    return _yarn_ramp(geometry, target_length, low, max(critical_dim, low))
+
+
+def llama3(
+    geometry: RopeGeometry, target_length: int, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0
+) -> np.ndarray:
+    """Llama-3.1's scaling: interpolate long periods, keep short ones, blend between."""
+    ratio = target_length / geometry.original_length
+    turns = geometry.original_length / geometry.periods_tokens
+    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    return 1 / ((1 - smooth) / ratio + smooth)
+
+
+def longrope2_start(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
+    """LongRoPE2 before any search: the ratio as constant tail from ``critical_dim``, the NTK head derived from it."""
+    ratio = target_length / geometry.original_length
+    return assemble(critical_dim, np.full(geometry.num_cosines - critical_dim, ratio))
+
+
+PLAIN: dict[str, Callable[[RopeGeometry, int], np.ndarray]] = {
+    "unscaled": unscaled,
+    "pi": pi,
+    "ntk": ntk,
+    "ntk-aware": ntk_aware,
+    "yarn": yarn,
+    "llama3": llama3,
+}
+
+
+WITH_CRITICAL_DIM: dict[str, Callable[[RopeGeometry, int, int], np.ndarray]] = {
+    "ntk-rcd": ntk_rcd,
+    "yarn-rcd": yarn_rcd,
+    "longrope2": longrope2_start,
+}
+
+
+METHODS = (*PLAIN, *WITH_CRITICAL_DIM)
+
+
+def require_methods(names: Iterable[str]) -> None:
+    """Refuse a row of the tables that there is no method for.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    unknown = sorted(set(names) - set(METHODS))
+    if unknown:
+        raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+
+
+def baseline(
+    method: str,
+    geometry: RopeGeometry,
+    target_length: int,
+    *,
+    critical_dim: int | None = None,
+    attention_factor: float = 1.0,
+) -> RescaleFactors:
+    """The factor vector of ``method``; ``critical_dim`` (default ``d_tcd``) is used by the methods that have one.
+
+    Raises:
+        ValueError: if the method or the critical dimension is unknown to this geometry.
+    """
+    if method in PLAIN:
+        return RescaleFactors(PLAIN[method](geometry, target_length), attention_factor, None, method)
+    if method not in WITH_CRITICAL_DIM:
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    dim = geometry.theoretical_critical_dim if critical_dim is None else critical_dim
+    if not 0 < dim < geometry.num_cosines:
+        raise ValueError(f"--critical-dim: expected a cosine index in 1 ... {geometry.num_cosines - 1}, got {dim}")
+    return RescaleFactors(WITH_CRITICAL_DIM[method](geometry, target_length, dim), attention_factor, dim, method)

@@ -1,0 +1,295 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longrope2_ray.errors import RecipeError
+from longrope2_ray.recipe.fields import FREE_FIELDS, field_names, flatten, reference
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.recipe.sections import PRESETS, SearchSection
+from longrope2_ray.storage.urls import refuse_credentials
+
+RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))
+BASE = 'name = "r"\n[model]\npath = "somewhere"\n[search]\ntarget_length = 1024\n'
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaints(tmp_path: Path, text: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    """Lines of the error, without the one that names the file."""
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return [line.strip() for line in str(caught.value).removeprefix(f"{path}:\n").splitlines()]
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_by_path_and_by_name(path: Path) -> None:
+    assert load_recipe(path) == load_recipe(path.stem)
+    assert load_recipe(path).name == path.stem
+
+
+def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE))
+    search = recipe.search
+    assert (search.population_size, search.iterations, search.mutation_probability) == (64, 40, 0.3)
+    assert (search.tail_bounds, search.attention_factor, search.racing) == ((1.0, 2.0), 1.0, "exact")
+    assert (recipe.needles.num_samples, recipe.needles.depth) == (10, "start")
+
+
+@pytest.mark.parametrize(
+    ("added", "field", "says"),
+    [
+        ("popluation_size = 3", "search.popluation_size", "unknown recipe field; did you mean search.population_size?"),
+        ("[serach]\nseed = 1", "serach", "unknown recipe field; did you mean search?"),
+        ("[needles]\nnum_sample = 1", "needles.num_sample", "unknown recipe field; did you mean needles.num_samples?"),
+        ("[model.shap]\na = 1", "model.shap", "unknown recipe field; did you mean model.shape?"),
+        ("[zzzzzz]\na = 1", "zzzzzz", "unknown recipe field"),
+        ("seed = 'a'", "search.seed", "'a'"),
+        ("seed = 1.5", "search.seed", "1.5"),
+        ("seed = -1", "search.seed", "-1"),
+        ("population_size = 0", "search.population_size", "0"),
+        ("top_k = 65", "search.top_k", "at most population_size 64, got 65"),
+        ("mutation = 'psh'", "search.mutation", "'push'"),
+        ("mutation_probability = 0", "search.mutation_probability", "greater than 0"),
+        ("mutation_probability = 1.1", "search.mutation_probability", "1.1"),
+        ("mutation_step = nan", "search.mutation_step", "nan"),
+        ("tail_bounds = [2, 1]", "search.tail_bounds", "0 < low <= high, got 2.0, 1.0"),
+        ("tail_bounds = [0, 1]", "search.tail_bounds", "0 < low <= high, got 0.0, 1.0"),
+        ("tail_bounds = [1, 2, 3]", "search.tail_bounds", "got [1, 2, 3]"),
+        ("tail_bounds = [1]", "search.tail_bounds", "got [1]"),
+        ("tail_bounds = [1, inf]", "search.tail_bounds", "inf"),
+        ("critical_dims = [0, 1]", "search.critical_dims", "0 < first <= last, got (0, 1)"),
+        ("critical_dims = [5, 4]", "search.critical_dims", "0 < first <= last, got (5, 4)"),
+        ("attention_factor = -1", "search.attention_factor", "positive number, got -1.0"),
+        ("attention_factor = 'sue'", "search.attention_factor", "'sue'"),
+        ("attention_factor = nan", "search.attention_factor", "nan"),
+        (
+            "attention_factor = 'search'\nattention_bounds = [1.5, 1]",
+            "search.attention_bounds",
+            "low <= high, got 1.5, 1.0",
+        ),
+        (
+            "attention_factor = 'search'\nattention_bounds = [0, 1]",
+            "search.attention_bounds",
+            "0 < low <= high, got 0.0",
+        ),
+        ("racing = 'statistical'\nniche_size = 2", "search.racing", "niche_size 0"),
+        ("preset = 'best'", "search.preset", "'best'"),
+        ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),
+        ("[needles]\ndepth = 'middle'", "needles.depth", "'middle'"),
+        ("[needles]\nnum_samples = 0", "needles.num_samples", "0"),
+        ("[report]\ntext = ['bundled:search']", "report.text", "held out"),
+        ("[report]\nlengths = [0]", "report.lengths", "0"),
+        ("[report]\nattention_factors = ['x']", "report.attention_factors", "'x'"),
+        (
+            "[report]\nattention_factors = [-1]",
+            "report.attention_factors",
+            "positive numbers, su, yarn or search, got -1.0",
+        ),
+        ("[needles]\ntext = ['']", "needles.text", "''"),
+        ("[scorer]\nthreads = 0", "scorer.threads", "0"),
+        ("[scorer]\ngpus_per_scorer = -1", "scorer.gpus_per_scorer", "-1"),
+        ("[scorer]\ncpus_per_scorer = 'many'", "scorer.cpus_per_scorer", "'many'"),
+        ("needles = 3", "search.needles", "unknown recipe field"),
+    ],
+)
+def test_a_wrong_field_gives_one_line_that_names_it(tmp_path: Path, added: str, field: str, says: str) -> None:
+    lines = complaints(tmp_path, BASE + added)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{field}:")
+    assert says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "says"),
+    [
+        (BASE.replace('"r"', '"a b"'), "name", "'a b'"),
+        (BASE.replace('"r"', '"../up"'), "name", "'../up'"),
+        (BASE.replace('"r"', "3"), "name", "3"),
+        (BASE.replace('path = "somewhere"\n', ""), "model.path", "missing"),
+        (BASE.replace("target_length = 1024\n", ""), "search.target_length", "missing"),
+        (BASE.replace("1024", "'long'"), "search.target_length", "'long'"),
+        (BASE.replace('path = "somewhere"', 'path = "p"\ndtype = "int8"'), "model.dtype", "'int8'"),
+        ('name = "r"\nmodel = 3\n[search]\ntarget_length = 10\n', "model", "3"),
+        ('name = "r"\n[model]\npath = "p"\n', "search", "missing"),
+    ],
+)
+def test_a_wrong_head_of_a_recipe_gives_one_line_that_names_the_field(
+    tmp_path: Path, text: str, field: str, says: str
+) -> None:
+    lines = complaints(tmp_path, text)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{field}:")
+    assert says in lines[0]
+
+
+def test_every_mistake_has_its_line(tmp_path: Path) -> None:
+    lines = complaints(tmp_path, BASE + "sead = 1\ntop_k = 0\n[scorer]\nthreads = 'a'\n")
+    assert {line.split(":")[0] for line in lines} == {"search.sead", "search.top_k", "scorer.threads"}
+    assert len(lines) == 3
+
+
+def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^recipe: expected TOML in .*r.toml"):
+        load_recipe(write(tmp_path, "name = = 3"))
+    binary = tmp_path / "b.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"^recipe: expected TOML in .*b.toml"):
+        load_recipe(binary)
+    with pytest.raises(
+        RecipeError, match=r"^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist"
+    ):
+        load_recipe("nowhere")
+    with pytest.raises(RecipeError, match="which does not exist"):
+        load_recipe("x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "value"),
+    [
+        (["--search.seed", "3"], "search.seed", 3),
+        (["--search.seed=3"], "search.seed", 3),
+        (["--search.population-size", "80"], "search.population_size", 80),
+        (["--search.population_size", "80"], "search.population_size", 80),
+        (["--search.tail-bounds", "[1, 3]"], "search.tail_bounds", [1.0, 3.0]),
+        (["--search.critical-dims", "3,5"], "search.critical_dims", [3, 5]),
+        (["--search.attention-factor", "su"], "search.attention_factor", "su"),
+        (["--search.attention-factor", "1.2"], "search.attention_factor", 1.2),
+        (["--needles.depth", "0.5"], "needles.depth", 0.5),
+        (["--needles.depth", "stratified"], "needles.depth", "stratified"),
+        (["--needles.text", "a.txt"], "needles.text", ["a.txt"]),
+        (["--report.lengths", "[2048,4096]"], "report.lengths", [2048, 4096]),
+        (["--name", "other"], "name", "other"),
+        (["--search.seed", "3", "--search.seed", "4"], "search.seed", 4),
+    ],
+)
+def test_the_command_line_overrides_a_field(tmp_path: Path, overrides: list[str], field: str, value: Any) -> None:
+    changed = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n"), overrides))
+    plain = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n")))
+    assert changed[field] == value
+    assert {key for key in plain if plain[key] != changed[key]} <= {field}
+
+
+@pytest.mark.parametrize(("preset", "size", "top_k"), [("default", 8, 8), ("paper", 16, 16), ("paper", 64, 32)])
+def test_a_small_population_lowers_its_survivors(tmp_path: Path, preset: str, size: int, top_k: int) -> None:
+    said = (f"--search.preset={preset}", f"--search.population-size={size}")
+    assert load_recipe(write(tmp_path, BASE), said).search.top_k == top_k
+    written = load_recipe(write(tmp_path, BASE + f"preset = '{preset}'\npopulation_size = {size}\n"))
+    assert written.search.top_k == top_k
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("--search.sead", "3"), "--search.sead: unknown recipe field; did you mean --search.seed?"),
+        (
+            ("--search.seed", "x"),
+            "search.seed: expected a valid integer, unable to parse string as an integer, got 'x'",
+        ),
+        (("--search.seed",), "command line: error parsing CLI: argument --search.seed: expected one argument"),
+        (("stray",), "command line: error parsing CLI: unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_override_gives_one_line(tmp_path: Path, overrides: tuple[str, ...], says: str) -> None:
+    assert complaints(tmp_path, BASE, overrides) == [says]
+
+
+def test_the_mistaken_file_can_be_put_right_from_the_command_line(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE + "seed = -1\n"), ["--search.seed", "2"])
+    assert recipe.search.seed == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_defaults_and_explicit_fields_win(preset: str) -> None:
+    filled = SearchSection.model_validate({"target_length": 1024, "preset": preset})
+    assert {name: getattr(filled, name) for name in PRESETS[preset]} == PRESETS[preset]
+    mine = SearchSection.model_validate({"target_length": 1024, "preset": preset, "mutation": "local", "niche_size": 1})
+    assert (mine.mutation, mine.niche_size) == ("local", 1)
+    assert SearchSection.model_validate(mine.model_dump()) == mine
+
+
+def test_a_preset_can_be_chosen_on_the_command_line(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search.mutation == "neighbours"
+
+
+def test_presets_name_known_fields_only() -> None:
+    assert {name for preset in PRESETS.values() for name in preset} <= set(SearchSection.model_fields)
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = Recipe(name="x", model={"path": "p"}, search={"target_length": 10})
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.search.seed = 3  # type: ignore[misc]
+
+
+def test_flattened_fields_are_the_named_ones_and_free_ones_exist() -> None:
+    recipe = Recipe(name="x", model={"path": "p"}, search={"target_length": 10})
+    names = set(field_names(Recipe))
+    assert set(flatten(recipe)) <= names
+    assert set(FREE_FIELDS) <= names
+
+
+def test_the_reference_lists_every_field() -> None:
+    text = reference()
+    lines = [line.split()[0] for line in text.splitlines() if line]
+    for name in field_names(Recipe):
+        assert name.rsplit(".", 1)[-1] in lines or f"[{name}]" in lines
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.path", "s3://key:secret@bucket/model"),
+        ("needles.text", '["s3://key:secret@bucket/books"]'),
+        ("report.text", '["https://token@host/books.txt"]'),
+        ("model.path", "abfs://container:secret@account.dfs.core.windows.net/model"),
+        ("model.path", "s3://key:sec/secret@bucket/model"),
+        ("model.path", "s3://key:sec@secret@bucket/model"),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: str, value: str) -> None:
+    (line,) = complaints(tmp_path, BASE, (f"--{field}", value))
+    assert line.startswith(f"{field}: expected a URL without credentials")
+    assert "secret" not in line
+    assert "token" not in line
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sig", "SIG", "X-Amz-Signature", "x-amz-credential", "X-Amz-Security-Token", "X-Goog-Signature", "token",
+     "access_token", "key", "secret", "password", "AWSAccessKeyId", "Signature", "X%2DAmz%2DSignature"],
+)  # fmt: skip
+@pytest.mark.parametrize("before", ["?", "?se=2030&sp=r&", "#", "?a;"])
+def test_a_secret_in_a_query_is_refused_and_not_repeated(before: str, key: str) -> None:
+    with pytest.raises(ValueError, match=r"without credentials, got https://host/a\?\*\*\*;") as caught:
+        refuse_credentials(f"https://host/a{before}{key}=hidden&se=1")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["abfs", "abfss", "wasb", "ABFS", "simplecache::abfs"])
+def test_the_container_of_an_azure_url_is_no_secret(scheme: str) -> None:
+    url = f"{scheme}://container@account.dfs.core.windows.net/path"
+    assert refuse_credentials(url) == url
+    for secret in (url.replace("@", ":hidden@"), f"{url}?sig=hidden"):
+        with pytest.raises(ValueError, match="without credentials") as caught:
+            refuse_credentials(secret)
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["runs/a@b", "s3://bucket/a@b", "https://host:8080/a@b", "http://[::1]:80/a@b", "https://host/a?se=1&page=2",
+     "https://host/key=1/a", "org/model"],
+)  # fmt: skip
+def test_a_url_without_a_secret_is_left_alone(url: str) -> None:
+    assert refuse_credentials(url) == url

@@ -1,0 +1,110 @@
+"""What others see while a run goes on."""
+
+import contextlib
+import dataclasses
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+
+from longrope2_ray.report.metrics import RayMetrics
+from longrope2_ray.report.progress import ProgressBar, format_seconds, log_generation
+from longrope2_ray.report.training_observer import TrainObserver
+from longrope2_ray.search.status import Status
+from longrope2_ray.workers.connection import ray_session
+
+STATUS = Status(
+    "seen", "searching", 3, 8, 1.25, 1.5, 12, 100, 20, 30, 0.5, 60.0, 90.0, {"busy": 2, "idle": 1}, {"requeued": 4},
+    worst_ppl=2.0, critical_dims={"10": 1, "11": 3}, units_ahead=5, committed_at=1.7e9,
+)  # fmt: skip
+
+
+def scrape() -> str:
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.read().decode()
+
+
+def value_of(name: str, text: str, tag: str = "") -> float | None:
+    lines = [line for line in text.splitlines() if line.startswith(f"ray_longrope2_{name}{{")]
+    lines = [line for line in lines if 'run="seen"' in line and tag in line]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else None
+
+
+def scrape_until(seen: Callable[[str], bool]) -> str:
+    """What Ray exports once it exports that."""
+    text, began = "", time.monotonic()
+    while not seen(text):
+        assert time.monotonic() - began < 120, text[-2000:]
+        time.sleep(1)
+        with contextlib.suppress(OSError):  # the endpoint comes up after Ray
+            text = scrape()
+    return text
+
+
+@pytest.mark.timeout(600)
+def test_the_drivers_metrics_come_out_of_rays_endpoint(monkeypatch):
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")  # instead of ten seconds
+    with ray_session():
+        metrics = RayMetrics("seen")
+        metrics(STATUS, "units")
+        text = scrape_until(lambda text: value_of("units_requeued_total", text) == 4)
+        gauges = {"best_ppl": 1.25, "median_ppl": 1.5, "worst_ppl": 2, "generation": 3, "iterations": 8, "eta_seconds": 90,
+                  "units_raced_out": 20, "units_ahead": 5, "last_commit_timestamp_seconds": 1.7e9}  # fmt: skip
+        assert {name: value_of(name, text) for name in gauges} == gauges
+        assert value_of("scorers", text, 'state="busy"') == 2
+        assert value_of("survivors", text, 'critical_dim="10"') == 1
+        assert value_of("scorer_deaths_total", text) == 0, "nothing died, and that is a number"
+
+        later = dataclasses.replace(STATUS, losses={"requeued": 6, "deaths": 2}, critical_dims={"11": 4})
+        for _ in range(3):  # running totals are counted once, however often they are shown
+            metrics(later, "units")
+        text = scrape_until(lambda text: value_of("units_requeued_total", text) == 6)
+        assert value_of("scorer_deaths_total", text) == 2
+        text = scrape_until(lambda text: value_of("survivors", text, 'critical_dim="11"') == 4)
+        assert value_of("survivors", text, 'critical_dim="10"') == 0, "a dimension that died out is shown as such"
+
+        observer, began = TrainObserver("seen", checkpoint_steps=2), time.time()
+        observer(training_row(1))
+        observer(training_row(2))  # its checkpoint is still being written
+        text = scrape_until(lambda text: value_of("train_step", text) == 2)
+        assert value_of("train_last_checkpoint_timestamp_seconds", text) <= began
+        assert value_of("train_last_step_timestamp_seconds", text) >= began
+        assert value_of("train_loss_long", text) == 2.5
+        observer(training_row(3))
+        text = scrape_until(lambda text: value_of("train_step", text) == 3)
+        assert value_of("train_last_checkpoint_timestamp_seconds", text) > began
+        observer.stop()
+
+
+def training_row(step: int) -> dict[str, Any]:
+    """A logged step, as far as the observer reads it."""
+    return {"step": step, "num_steps": 9, "loss": 2.0, "window_losses": {"long": 2.5}, "seconds": 1.0}
+
+
+def test_the_log_has_one_json_line_a_generation_and_none_for_units(capsys):
+    log_generation(STATUS, "units")
+    assert capsys.readouterr().err == ""
+    log_generation(STATUS, "generation")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    body = json.loads(lines[0])
+    assert (body["event"], body["generation"], body["best_ppl"]) == ("generation", 3, 1.25)
+
+
+def test_the_progress_bar_follows_a_status_and_is_silent_without_a_terminal(capsys):
+    bar = ProgressBar()
+    bar(STATUS, "units")
+    bar.stop()
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_seconds_are_printed_as_a_clock():
+    assert format_seconds(3723) == "1:02:03"
+    assert format_seconds(65.9) == "1:05"
+    assert format_seconds(None) == "?"

@@ -1,0 +1,281 @@
+"""The report of a run that a plain function scored: at every stage, self-contained, with every number."""
+
+import html
+import logging
+import math
+import re
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from longrope2_ray.recipe.fields import flatten
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.report.page import ReportWriter, write_report
+from longrope2_ray.report.rundata import load_run
+from longrope2_ray.report.tables import format_table
+from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.loop import SearchRun
+from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, report_set
+from longrope2_ray.search.status import Status
+from longrope2_ray.storage.rundir import RunDir
+
+GEOMETRY = RopeGeometry(head_dim=64, rotary_dim=64, base=10000.0, original_length=256)
+NAMES = {"factors.png", "progress.png", "dimensions.png", "units.png", "report.html"}
+TARGET, NUM_SAMPLES, NUM_TOKENS = 2048, 5, 7
+RECIPE = {
+    "name": "toy",
+    "model": {"path": "toy"},
+    "search": {
+        "target_length": TARGET,
+        "population_size": 16,
+        "iterations": 4,
+        "top_k": 8,
+        "num_children": 8,
+        "mutation": "local",
+    },
+    "needles": {"num_samples": NUM_SAMPLES},
+    "report": {"num_samples": NUM_SAMPLES, "lengths": [TARGET, 2 * TARGET], "attention_factors": [1.0, "yarn"]},
+}
+
+
+class ToyScorers:
+    """Two scorers, one after the other: NLL grows with the distance from a vector whose critical dimension is 11."""
+
+    def __init__(self, stop_after: int | None = None):
+        ratio = TARGET / GEOMETRY.original_length
+        self._ideal = np.log(np.minimum((1.25 * ratio) ** (np.arange(32) / 11), 1.25 * ratio))
+        self._rng, self._queue = np.random.default_rng(0), list[Unit]()
+        self._free_at, self._left = {"scorer-00": 1e9, "scorer-01": 1e9}, stop_after
+
+    def free(self) -> int:
+        return 2 - len(self._queue)
+
+    def submit(self, unit: Unit) -> None:
+        self._queue.append(unit)
+
+    def wait(self) -> list[Score]:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+        unit = self._queue.pop(0)
+        distance = float(np.mean((np.log(unit.factors.values) - self._ideal) ** 2))
+        nll = NUM_TOKENS * (0.02 + 1.5 * distance) * (1 + 0.1 * unit.sample) / unit.factors.attention_factor
+        name = min(self._free_at, key=lambda n: self._free_at[n])
+        started, seconds = self._free_at[name], float(self._rng.gamma(20, 0.01))
+        self._free_at[name] = started + seconds + 0.01
+        return [Score(*unit.key, nll, NUM_TOKENS, nll < NUM_TOKENS, seconds, name, started)]
+
+    def counts(self) -> Mapping[str, int]:
+        return {"busy": len(self._queue)}
+
+    def flush(self) -> list[Score]:
+        return []
+
+    def losses(self) -> Mapping[str, int]:
+        return {}
+
+
+def open_run(path: object) -> RunDir:
+    run_dir = RunDir(str(path))
+    recipe = Recipe(**RECIPE)
+    geometry = {"head_dim": 64, "rotary_dim": 64, "rope_base": 10000.0, "original_length": 256}
+    facts = {"geometry": geometry, "target_length": TARGET, "num_samples": NUM_SAMPLES}
+    run_dir.open(flatten(recipe), {"model": "0123abcd"}, recipe.model_dump(mode="json"), facts)
+    return run_dir
+
+
+def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> dict:
+    tokens = {name: [NUM_TOKENS] * NUM_SAMPLES for name in (SEARCH_SET, report_set(TARGET), report_set(2 * TARGET))}
+    return SearchRun(Recipe(**RECIPE), GEOMETRY, tokens, run_dir, scorers, {"model": "0123abcd"}, observers).run()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = open_run(tmp_path_factory.mktemp("run"))
+    return run_dir, search(run_dir, ToyScorers())
+
+
+def check_files(run_dir: RunDir, paths) -> str:
+    """Every file is there, figures show something, the page loads nothing; returns its text."""
+    assert {path.name for path in paths} == NAMES
+    for path in paths:
+        if path.name.endswith(".png"):
+            from matplotlib.image import imread
+
+            pixels = imread(str(path))
+            assert pixels.shape[1] > 1000
+            assert pixels[..., :3].std() > 0.02
+    page = (run_dir.path / "report.html").read_text(encoding="utf-8")
+    loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{1,40})|(@import|url\()""", page)
+    assert loads
+    assert all(source.startswith("data:image/svg+xml;base64,") for source, _ in loads)
+    assert "<script" not in page
+    return page
+
+
+def test_before_the_first_generation(tmp_path):
+    run_dir = open_run(tmp_path)
+    page = check_files(run_dir, write_report(run_dir))
+    assert "no generation has been closed" in page
+    assert "http-equiv" in page  # the page of a running search loads itself again
+
+
+def test_mid_search(tmp_path):
+    run_dir = open_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        search(run_dir, ToyScorers(stop_after=120))
+    run = load_run(run_dir)
+    page = check_files(run_dir, write_report(run_dir))
+    assert 0 < len(run.generations) < 5
+    assert f"<td>{len(run.generations)} of 5</td>" in page
+    assert "units in the open generation" in page
+    assert "Comparison" not in page
+
+
+def test_without_geometry_ledger_and_critical_dimension(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.open({}, {}, {}, {})
+    candidate = {
+        "id": "a",
+        "critical_dim": 0,
+        "tail": [1.0] * 8 + [8.0] * 24,
+        "attention_factor": 1.0,
+        "start_tokens": 0,
+    }
+    survivors = [{**candidate, "nll_sum": 1.0, "ppl": 1.15}]
+    run_dir.write_generation(0, {"index": 0, "candidates": [candidate], "survivors": survivors})
+    assert "every dimension was searched" in check_files(run_dir, write_report(run_dir))
+
+
+def test_finished_run_shows_every_number(finished):
+    run_dir, winner = finished
+    page = html.unescape(check_files(run_dir, write_report(run_dir)))
+    table = format_table(winner)
+    assert "http-equiv" not in page
+    for row in winner["report"]:
+        for cell in (f"{row['ppl']:.4g}", f"{row['accuracy']:.0%}", f"{row['attention_factor']:.3f}"):
+            assert f"<td>{cell}</td>" in page
+            assert cell in table
+    for factor in winner["factors"]:
+        assert f"<td>{factor:.6g}</td>" in page
+    assert "0123abcd" in page
+    assert "population_size = 16" in page  # the recipe
+
+
+def test_format_table_marks_the_best_of_each_block(finished):
+    _, winner = finished
+    table = format_table(winner)
+    assert f"found {winner['critical_dim']}; theoretical {winner['theoretical_critical_dim']}" in table
+    assert "held out" in table.lower()
+    assert "beyond the target the baselines get the larger ratio" in table
+    blocks = table.split("\n\n")[1:]
+    assert len(blocks) == 4  # two lengths at two attention factors
+    for block in blocks:
+        best = [line for line in block.splitlines() if line.startswith("*")]
+        rows = [r for r in winner["report"]
+                if block.startswith(f"{r['length']} tokens") and f"attention factor {r['compared_at']:.3f}" in block]  # fmt: skip
+        assert len(best) == 1
+        assert f"{min(r['ppl'] for r in rows):.4g}" in best[0]
+
+
+def test_format_table_without_finite_numbers(finished):
+    _, winner = finished
+    rows = [{**row, "ppl": None} for row in winner["report"]]
+    table = format_table({**winner, "critical_dim": 0, "start_tokens": 8, "report": rows})
+    assert "The first 8 positions keep the original RoPE." in table
+    assert "not finite" in table
+    assert "every dimension was searched" in table
+    assert "LongRoPE2" not in table  # a search over every dimension is the first paper's
+    assert "  LongRoPE  " in table
+    assert "  LongRoPE2  " in format_table({**winner, "report": rows})
+    assert not any(line.startswith("*") for line in table.splitlines())
+
+
+def test_work_adds_up(finished):
+    run_dir, _ = finished
+    run, rows = load_run(run_dir), [s for s in run_dir.load_scores().values() if s.needle_set == SEARCH_SET]
+    assert sum(g.scored for g in run.generations) == len(rows)
+    candidates = sum(len(g.candidates) for g in run.generations)
+    assert sum(g.scored + g.raced_out for g in run.generations) == candidates * NUM_SAMPLES
+    assert any(g.raced_out for g in run.generations)
+    assert all(len(g.new_ppls) * NUM_SAMPLES <= g.scored for g in run.generations)
+    assert math.isclose(sum(g.busy_seconds for g in run.generations), sum(s.seconds for s in rows), rel_tol=0.05)
+    assert run.busy_share == pytest.approx(0.95, abs=0.05)  # a unit takes 0.2 s, then the scorer idles 0.01 s
+
+
+def test_pause_between_attempts_is_not_idle_time(tmp_path):
+    run_dir = open_run(tmp_path)
+    for index, began in enumerate((1000.0, 9000.0)):
+        ids = [f"{index}{c}" for c in "ab"]
+        run_dir.append_scores(
+            Score(id, SEARCH_SET, s, 1.0, 7, True, 1.0, "scorer-00", began + NUM_SAMPLES * n + s)
+            for n, id in enumerate(ids)
+            for s in range(NUM_SAMPLES)
+        )
+        candidates = [
+            {"id": id, "critical_dim": 12, "tail": [8.0] * 20, "attention_factor": 1.0, "start_tokens": 0} for id in ids
+        ]
+        survivors = [{**c, "nll_sum": 5.0, "ppl": 1.15} for c in candidates]
+        run_dir.write_generation(index, {"index": index, "candidates": candidates, "survivors": survivors})
+    assert load_run(run_dir).busy_share == pytest.approx(1.0)
+
+
+def test_writer_refreshes_beside_the_search_and_finishes(tmp_path):
+    seen, first = [], threading.Event()
+
+    def write(run_dir):
+        seen.append(threading.current_thread().name)
+        first.wait(5)
+
+    writer = ReportWriter(RunDir(str(tmp_path)), write)
+    status = Status("toy")
+    writer(status, "units")
+    assert not seen
+    writer(status, "generation")
+    writer(status, "generation")  # the first one still runs
+    first.set()
+    writer.finish()
+    assert seen == ["report", threading.current_thread().name]
+    writer(status, "generation")  # too soon
+    assert len(seen) == 2
+
+
+def test_writer_survives_a_failing_report(tmp_path, caplog):
+    def write(run_dir):
+        raise OSError("no space")
+
+    run_dir = open_run(tmp_path)
+    writer = ReportWriter(run_dir, write, min_seconds=0.0)
+    with caplog.at_level(logging.WARNING, "longrope2"):
+        winner = search(run_dir, ToyScorers(), [writer])
+        writer.finish()
+    assert winner["report"]
+    assert [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage()) == len(caplog.records) == 1
+    assert "no space" in caplog.text
+
+
+def test_trainings_beside_each_other_have_their_losses_in_the_report(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.create()
+    run_dir.write_json("run.json", {"recipe": {"name": "toy"}, "fingerprints": {}})
+    for name, num_logged in (("mixed", 20), ("plain", 3)):
+        (tmp_path / name / "steps").mkdir(parents=True)
+        for step in range(1, num_logged + 1):
+            losses = {"long": 4 - step / 10} if step % 2 else {"short": 3.0, "long": 4 - step / 10}
+            row = {
+                "step": step,
+                "num_steps": 20,
+                "window_losses": losses,
+                "num_positions": 4096,
+                "tokens_per_second": 1234.4,
+            }
+            run_dir.write_json(f"{name}/steps/{step:07d}.json", row)
+    assert {path.name for path in write_report(run_dir)} == NAMES | {"training.png"}
+    page = html.unescape((tmp_path / "report.html").read_text())
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", page)]
+    assert ["mixed", "20", "of", "20", "3.000", "2.050", "81,920", "1,234"] in rows
+    assert ["plain", "3", "of", "20", "-", "3.700", "12,288", "1,234"] in rows
+    assert 'alt="training.png"' in page

@@ -1,0 +1,163 @@
+"""Looking ahead fills idle scorers and changes no byte of the result."""
+
+import itertools
+import uuid
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import NUM_SAMPLES, TARGET_LENGTH, KilledError, ToyScorers, result_bytes, toy_nll, toy_recipe, toy_run
+
+from longrope2_ray.search.scores import SEARCH_SET, Unit, report_set
+from longrope2_ray.search.status import Status
+from longrope2_ray.storage.rundir import RunDir
+
+KINDS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "off": {"racing": "off"},
+    "statistical": {"racing": "statistical", "racing_confidence": 0.5},
+    "niches": {"niche_size": 1},
+    "random": {"preset": "random", "top_k": 4},
+    "authors": {"preset": "authors", "top_k": 4},
+    "longrope": {"preset": "longrope", "top_k": 4},
+    "blend, temperature": {"crossover": "blend", "immigrants": 0.2, "attention_factor": "search"},
+    "many iterations": {"iterations": 6, "num_children": 3},
+    "tables": {
+        "report": {"attention_factors": [1.0, "search"], "methods": ["unscaled", "pi", "yarn-rcd", "longrope2"],
+                   "lengths": [TARGET_LENGTH, 2 * TARGET_LENGTH]},
+        "attention_factor": "search",
+    },
+}  # fmt: skip
+
+
+def memory() -> RunDir:
+    return RunDir(f"memory://{uuid.uuid4().hex}/run")
+
+
+def finished(scorers: ToyScorers, kind: str = "exact", look_ahead: bool = True) -> RunDir:
+    run_dir = memory()
+    toy_run(toy_recipe(look_ahead=look_ahead, **KINDS[kind]), run_dir, scorers).run()
+    return run_dir
+
+
+@cache
+def undisturbed(kind: str) -> dict[str, bytes]:
+    """One scorer, never looking ahead."""
+    return result_bytes(finished(ToyScorers(), kind, look_ahead=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(
+    lives=st.lists(st.tuples(st.integers(0, 80), st.booleans()), max_size=3),
+    width=st.sampled_from([2, 5, 20, 100]),
+    shuffle=st.integers(0, 99),
+    stragglers=st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_looking_ahead_changes_no_byte_for_any_order_kill_and_number_of_scorers(
+    kind: str, lives: list[tuple[int, bool]], width: int, shuffle: int, stragglers: float
+) -> None:
+    run_dir, scored = memory(), list[tuple[str, str, int]]()
+    for kill_after, look_ahead in [*lives, (None, True)]:
+        scorers = ToyScorers(width, shuffle, kill_after=kill_after, batch=3, stragglers=stragglers)
+        try:
+            toy_run(toy_recipe(look_ahead=look_ahead, **KINDS[kind]), RunDir(run_dir.url), scorers).run()
+        except KilledError:
+            assert kill_after is not None
+        scored += scorers.scored
+    assert result_bytes(run_dir) == undisturbed(kind)
+    assert len(scored) == len(set(scored))
+
+
+def test_a_kill_after_every_unit_changes_no_byte_while_looking_ahead() -> None:
+    run_dir, lives = memory(), 0
+    while not run_dir.winner():
+        lives += 1
+        scorers = ToyScorers(9, shuffle=lives, kill_after=1, stragglers=0.3)
+        try:
+            toy_run(toy_recipe(), RunDir(run_dir.url), scorers).run()
+        except KilledError:
+            assert len(scorers.scored) == 1
+    assert lives > 50
+    assert result_bytes(run_dir) == undisturbed("exact")
+
+
+def test_penalties_change_no_byte_while_looking_ahead() -> None:
+    def nll(unit: Unit) -> float | None:
+        return None if hash(unit.factors.values[-1]) % 12 == unit.sample else toy_nll(unit)
+
+    for racing in ("exact", "off"):
+        results = []
+        for look_ahead in (False, True):
+            run_dir = memory()
+            scorers = ToyScorers(20, shuffle=1, nll=nll, stragglers=0.2)
+            toy_run(toy_recipe(look_ahead=look_ahead, racing=racing), run_dir, scorers).run()
+            results.append(result_bytes(run_dir))
+        assert results[0] == results[1]
+
+
+def generation_keys(run_dir: RunDir, scorers: ToyScorers) -> list[list[tuple[str, str, int]]]:
+    """Units of the search by the generation that asked for them."""
+    ids = [{c["id"] for c in generation["candidates"]} for generation in run_dir.generations()]
+    return [[key for key in scorers.scored if key[0] in group] for group in ids]
+
+
+def test_children_are_scored_before_the_last_unit_of_the_generation_before_them() -> None:
+    early = {}
+    for look_ahead in (False, True):
+        scorers = ToyScorers(20, stragglers=0.2)
+        generations = generation_keys(finished(scorers, "off", look_ahead), scorers)
+        early[look_ahead] = [
+            key
+            for before, keys in itertools.pairwise(generations)
+            for key in keys
+            if scorers.submitted_after[key] <= scorers.scored.index(before[-1])
+        ]
+    assert len(early[True]) >= 10
+    assert not early[False]
+
+
+def test_rows_of_the_tables_that_depend_on_nobody_fill_the_first_tail() -> None:
+    scorers = ToyScorers(20, stragglers=0.2)
+    first = generation_keys(finished(scorers, "off"), scorers)[0]
+    reported = [key for key in scorers.scored if key[1] == report_set(TARGET_LENGTH)]
+    early = [key for key in reported if scorers.submitted_after[key] <= scorers.scored.index(first[-1])]
+    assert len(early) == 5 * NUM_SAMPLES  # every method but LongRoPE2
+
+
+def test_one_scorer_never_scores_ahead() -> None:
+    on, off = ToyScorers(), ToyScorers()
+    finished(on)
+    finished(off, look_ahead=False)
+    assert on.scored == off.scored
+
+
+def test_units_ahead_of_a_finished_run_are_those_that_nobody_asked_for() -> None:
+    scorers = ToyScorers(40, shuffle=3, stragglers=0.2)
+    seen: list[int] = []
+
+    def observe(status: Status, event: str) -> None:
+        seen.append(status.units_ahead)
+
+    run_dir = memory()
+    toy_run(toy_recipe(), run_dir, scorers, [observe]).run()
+    winner, status = run_dir.winner(), run_dir.status()
+    assert winner is not None
+    assert status is not None
+    asked = {c["id"] for generation in run_dir.generations() for c in generation["candidates"]}
+    ledger = run_dir.load_scores()
+    strangers = sum(id not in asked for id, name, _ in ledger if name == SEARCH_SET)
+    rows = {tuple(row["nll_per_sample"]) for row in winner["report"]}
+    tables = sum(name != SEARCH_SET for _, name, _ in ledger) - len(rows) * NUM_SAMPLES
+    assert tables >= 0
+    assert status["units_ahead"] == strangers + tables > 0
+    assert status["units_done"] == len(ledger)
+    assert max(seen) >= status["units_ahead"]
+    resumed = ToyScorers()
+    toy_run(toy_recipe(), RunDir(run_dir.url), resumed).run()
+    assert not resumed.submitted
+    again = run_dir.status()
+    assert again is not None
+    assert (again["units_ahead"], again["units_done"]) == (status["units_ahead"], len(ledger))

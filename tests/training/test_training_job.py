@@ -1,0 +1,373 @@
+"""Training as a user runs it, on a real Ray with gloo workers: kills, resumes, refusals, what it leaves behind."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec.core
+import psutil
+import pytest
+import ray
+import tomli_w
+import torch
+import transformers
+from fsspec.implementations.local import LocalFileSystem
+from tiny_models import save_tiny
+from tiny_training import LENGTH, prepared_dir, recipe_of, training_workers, without_times, write_data
+
+from longrope2_ray.cli import main
+from longrope2_ray.errors import FencedError, RunDirError, StoppedError
+from longrope2_ray.model.loading import load_model
+from longrope2_ray.model.spec import read_spec
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.training.checkpoints import Snapshots, is_whole, seal
+from longrope2_ray.training.job import find_factors, prepare_training, run_training
+from longrope2_ray.workers.connection import ray_session
+
+ROOT = Path(__file__).parents[2]
+NUM_COSINES = 8
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+def train(recipe: Recipe, folder: Path, observe: Any = None) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
+    """Run to the end; logged steps as their files tell them, and the model's weights."""
+    run_dir = RunDir(str(folder))
+    job, train_dir, _ = prepare_training(recipe, run_dir)
+    run_training(job, train_dir, observe or (lambda row: None))
+    rows = [train_dir.read_json(name) for name in train_dir.names("steps")]
+    weights = load_model(str(folder / recipe.train.name / "model"), device="cpu").state_dict()
+    return rows, {name: tensor.clone() for name, tensor in weights.items()}
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
+    tmp_path: Path, model_dir: str
+) -> None:
+    """First the command is killed with -9, then, in the same command again, a worker: each between two checkpoints.
+
+    A bit of the newest checkpoint flips in the meantime, and Ray's own notes are torn.
+    """
+    recipe = recipe_of(model_dir, max_steps=30, checkpoint_steps=4)
+    rows, weights = train(recipe, prepared_dir(tmp_path / "whole"))
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
+
+    folder = prepared_dir(tmp_path / "killed")
+    (tmp_path / "test.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    command = [
+        sys.executable,
+        "-m",
+        "longrope2_ray",
+        "train",
+        str(tmp_path / "test.toml"),
+        "--run-dir",
+        str(folder),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(folder, 10, lambda: first.poll() is None)
+    orphans = training_workers(first.pid)
+    first.kill()
+    first.wait()
+    assert not (folder / "train" / "result.json").exists()
+    assert orphans
+    assert not psutil.wait_procs(orphans, timeout=60)[1], "they go with their Ray"
+    newest, older, *_ = Snapshots(str(folder / "train"), 0.0).found()
+    flip_a_bit(max(Path(newest).glob("*.distcp"), key=lambda path: path.stat().st_size))
+    (Path(newest).parent / "checkpoint_manager_snapshot.json").write_text("{")
+    steps = [json.loads(next(Path(place).glob("whole-*")).read_text())["step"] for place in (newest, older)]
+    written = {step: (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns for step in steps}
+
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        wait_for_step(folder, 18, lambda: True)
+        for process in training_workers(os.getpid()):
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.pid)
+
+    assassin = threading.Thread(target=kill_a_worker, daemon=True)
+    assassin.start()
+    again, same = train(recipe, folder)
+    assassin.join(timeout=10)
+    assert killed
+    for step in steps:
+        again_at = (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns
+        assert (again_at == written[step]) is (step == steps[1]), "it did not go on from the older checkpoint"
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+    place = str(tmp_path / "whole" / "train" / "model")
+    assert (
+        read_spec(place).geometry == read_spec(model_dir).geometry
+    )  # as the base model, both windows pinned from there
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
+    rope = theirs.config.rope_parameters
+    yarn = find_factors(recipe, read_spec(model_dir), RunDir(str(tmp_path)))
+    assert rope["rope_type"] == "longrope"
+    assert rope["long_factor"] == yarn.values.tolist()
+    assert set(rope["short_factor"]) == {1.0}
+    assert theirs.config.max_position_embeddings == LENGTH
+    ids = torch.arange(3, 43)[None]
+    base = load_model(place, device="cpu")
+    assert torch.allclose(theirs(ids).logits, base(ids).logits, atol=1e-5)
+    untrained = load_model(model_dir, device="cpu")
+    assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
+
+
+def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not (folder / "train" / "steps" / f"{step:07d}.json").exists():
+        assert alive(), "the training ended before it could be killed"
+        assert time.monotonic() - began < 600, "no steps came"
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir: str) -> None:
+    folder = prepared_dir(tmp_path)
+    recipe = recipe_of(model_dir, max_steps=2)
+    train(recipe, folder)
+    job, train_dir, resumed = prepare_training(recipe, RunDir(str(folder)))
+    assert resumed
+    assert train_dir.read_json("result.json")["step"] == 2
+    assert json.dumps(job.factors.values.tolist())
+    for changes, what in (({"learning_rate": 2e-3}, r"train\.learning_rate is 0\.001 there and 0\.002 now"),
+                          ({"factors": "ntk"}, r"train\.factors|fingerprint of factors")):  # fmt: skip
+        with pytest.raises(RunDirError, match=what):
+            prepare_training(recipe_of(model_dir, max_steps=2, **changes), RunDir(str(folder)))
+    (folder / "train" / "run.json").write_text("{")  # torn: nothing says what the checkpoints are of
+    with pytest.raises(RunDirError, match=r"holds steps/.* no readable run\.json"):
+        prepare_training(recipe, RunDir(str(folder)))
+    _, _, resumed = prepare_training(recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder)))
+    assert not resumed
+
+
+def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> None:
+    model, folder = save_tiny("mistral_windowed", tmp_path / "model"), RunDir(str(prepared_dir(tmp_path / "run")))
+
+    def under(window: int) -> Recipe:
+        recipe = recipe_of(model)
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"sliding_window": window})})
+
+    assert not prepare_training(under(LENGTH), folder)[2]
+    assert prepare_training(under(LENGTH), folder)[2]
+    with pytest.raises(RunDirError, match=r"model\.sliding_window is 96 there and 97 now"):
+        prepare_training(under(LENGTH + 1), folder)
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({}, False, "run longrope2 data first"),
+        ({"factors": "winner"}, True, r"train\.factors.*longrope2 search first"),
+        ({"factors": "nothing.json"}, True, r"train\.factors.*nothing\.json"),
+        ({"factors": "start.json"}, True, r"train\.factors.*keeps the original RoPE at the first 8 positions"),
+        ({"global_batch_size": 9}, True, r"train\.global_batch_size: expected at most the 8 segments"),
+        ({"sequence_parallel": 5}, True, r"train\.sequence_parallel"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(
+    tmp_path: Path, model_dir: str, train: dict[str, Any], data: bool, message: str
+) -> None:
+    run_dir = RunDir(str(tmp_path))
+    if data:
+        write_data(run_dir)
+    if train.get("factors") == "start.json":
+        vector = {"factors": [1.0] * read_spec(model_dir).geometry.num_cosines, "start_tokens": 8}
+        train["factors"] = str(tmp_path / "start.json")
+        Path(train["factors"]).write_text(json.dumps(vector))
+    with pytest.raises(ValueError, match=message):
+        prepare_training(recipe_of(model_dir, **train), run_dir)
+    assert not (tmp_path / "train" / "run.json").exists()
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, model_dir: str) -> None:
+    """A worker's error does not start it over and over, and the next command may go on."""
+    wild = recipe_of(model_dir, learning_rate=1e30, warmup_steps=0)
+    job, train_dir, _ = prepare_training(wild, RunDir(str(prepared_dir(tmp_path))))
+    with pytest.raises(StoppedError, match=r"the loss of step \d is .* lower train\.learning_rate"):
+        run_training(job, train_dir, lambda row: None)
+    stopped = train_dir.read_json("stop.json")
+    assert stopped["attempt"] == job.attempt
+    again, train_dir, resumed = prepare_training(wild, RunDir(str(tmp_path)))
+    assert resumed
+    assert again.attempt != job.attempt
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path: Path, model_dir: str) -> None:
+    job, train_dir, _ = prepare_training(recipe_of(model_dir, max_steps=400), RunDir(str(prepared_dir(tmp_path))))
+    newer = RunDir(train_dir.url)
+
+    def take_over(row: Mapping[str, Any]) -> None:
+        if newer.claim is None:
+            newer.take_over()
+
+    with pytest.raises(FencedError, match=r"a newer driver .* has taken over"):
+        run_training(job, train_dir, take_over)
+    assert len(train_dir.names("steps")) < 400
+    assert train_dir.read_json("result.json") is None
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def make_checkpoint(place: Path, step: int, world: int = 2) -> Path:
+    """Files as two workers leave them, each in a folder of its own until they are uploaded."""
+    for rank in range(world):
+        own = place.parent / f"own-{rank}"
+        own.mkdir(parents=True)
+        (own / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 50)
+        seal(str(own), step, rank, world)
+        place.mkdir(exist_ok=True)
+        for path in list(own.iterdir()):
+            path.rename(place / path.name)
+        own.rmdir()
+    return place
+
+
+def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    assert Snapshots(str(tmp_path), 0.0).found() == []
+    old = make_checkpoint(place / "000001-a" / "checkpoint_2", 8)
+    new = make_checkpoint(place / "000002-b" / "checkpoint_1", 12)  # by its step, whatever the clock said
+    oldest = make_checkpoint(place / "000001-a" / "checkpoint_1", 4)
+    unfinished = make_checkpoint(place / "000003-c" / "checkpoint_3", 16)
+    (unfinished / "whole-00001-of-00002.json").unlink()
+    torn = make_checkpoint(place / "000003-c" / "checkpoint_4", 20)
+    (torn / "whole-00000-of-00002.json").write_text('{"step": ')
+    snapshots = Snapshots(str(tmp_path), 0.0)
+    assert snapshots.found() == [str(new), str(old), str(oldest)]
+    snapshots.prune()
+    assert snapshots.found() == [str(new), str(old)]
+    assert not (place / "000003-c").exists()
+    assert not oldest.exists()
+    with snapshots.opened(str(new)) as folder:
+        assert all(is_whole(folder, rank, 3) for rank in range(3))
+    for damage in (flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damaged = make_checkpoint(place / "000004-d" / f"checkpoint_{damage.__name__}", 24)
+        damage(damaged / "__1_0.distcp")
+        assert not all(is_whole(str(damaged), rank, 3) for rank in range(3))
+
+
+class FullDisk:
+    """This machine's files, while there is no file ``full`` in ``folder``; each refusal leaves a file ``refused-...`` there."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(LocalFileSystem(), name)
+
+    def put_file(self, here: str, there: str) -> None:
+        if os.path.exists(f"{self.folder}/full"):
+            Path(f"{self.folder}/refused-{uuid.uuid4().hex}").touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        LocalFileSystem().put_file(here, there)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a file ``full`` fills the disk that checkpoints go to."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    (tmp_path / "disk").mkdir()
+    full = FullDisk(str(tmp_path / "disk"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (full, url))
+    return tmp_path / "disk"
+
+
+def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Path) -> None:
+    files = pickle.loads(pickle.dumps(Snapshots(str(tmp_path), 2.0).filesystem.handler.fs))
+    place, run = tmp_path / "run" / "a", tmp_path / "run"
+    files.mkdir(str(run))
+    with pytest.raises(FileExistsError):
+        files.mkdir(str(run))  # by the other worker: an answer, no fault
+    stream = files.open(str(place), "wb")
+    stream.write(b"half")
+    assert not list(run.iterdir())
+    stream.write(b" and half")
+    (disk / "full").touch()
+    threading.Timer(0.5, (disk / "full").unlink).start()
+    stream.close()
+    assert len(list(disk.glob("refused-*"))) >= 2
+    with files.open(str(place), "rb") as stream:
+        assert stream.read() == b"half and half"
+    (disk / "full").touch()
+    stream = files.open(str(place), "wb")
+    stream.write(b"other")
+    with pytest.raises(RunDirError, match=r"No space left on device; mend it, make room"):
+        stream.close()
+    assert [path.name for path in run.iterdir()] == ["a"]
+    assert place.read_bytes() == b"half and half"
+    with pytest.raises(FileNotFoundError):
+        files.open(str(run / "b"), "rb")
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_a_training_waits_for_room_for_its_checkpoints(tmp_path: Path, model_dir: str, disk: Path) -> None:
+    recipe = recipe_of(model_dir, max_steps=12, checkpoint_steps=2, num_workers=2)
+    refused: list[int] = []
+
+    def fill(row: Mapping[str, Any]) -> None:
+        if not refused:
+            (disk / "full").touch()
+            while len(refused) < 4 and not (tmp_path / "waiting" / "train" / "result.json").exists():
+                refused[:] = [1 for _ in disk.glob("refused-*")]
+                time.sleep(0.1)
+            (disk / "full").unlink()
+
+    rows, weights = train(recipe, prepared_dir(tmp_path / "waiting"), fill)
+    assert len(refused) >= 4
+    again, same = train(recipe, prepared_dir(tmp_path / "undisturbed"))
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "debug", "--run-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run longrope2 data first" in error
+    assert main(["train", "debug", "--run-dir", str(tmp_path), "--train.name", "scores"]) == 2
+    assert "train.name: expected a folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+@pytest.mark.usefixtures("cluster")
+def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(tmp_path: Path, model_dir: str) -> None:
+    for changes, message in (({"num_workers": 64}, r"train\.num_workers"),
+                             ({"num_workers": 2, "global_batch_size": 3}, r"train\.global_batch_size")):  # fmt: skip
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        job, train_dir, _ = prepare_training(recipe_of(model_dir, **changes), RunDir(str(prepared_dir(folder))))
+        with pytest.raises(ValueError, match=message):
+            run_training(job, train_dir, print)
+    assert ray.is_initialized()
