@@ -58,13 +58,19 @@ def local_cluster(num_workers: int = 2) -> Iterator[Any]:
     """
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # whose python the jobs run
+    os.environ["PATH"] = (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # whose python the jobs run
+    )
     from ray.job_submission import JobSubmissionClient  # after the above: it reads the environment
     from ray.util.state import list_nodes
 
-    if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes ours, so none is missed below
+    if (
+        sys.platform == "linux"
+    ):  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes ours, so none is missed below
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: paths of sockets may have 107 bytes
+    folder = Path(
+        tempfile.mkdtemp(prefix="r", dir="/tmp")
+    )  # short: paths of sockets may have 107 bytes
     nodes: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str) -> None:
@@ -82,7 +88,9 @@ def local_cluster(num_workers: int = 2) -> Iterator[Any]:
         for _ in range(START_SECONDS):
             for i, node in enumerate(nodes):
                 if node.poll() is not None:
-                    raise RuntimeError(f"node {i} ended: {(folder / str(i) / 'start.log').read_text()[-2000:]}")
+                    raise RuntimeError(
+                        f"node {i} ended: {(folder / str(i) / 'start.log').read_text()[-2000:]}"
+                    )
             try:
                 if answer := condition():
                     return answer
@@ -99,12 +107,19 @@ def local_cluster(num_workers: int = 2) -> Iterator[Any]:
         client = wait_for(lambda: JobSubmissionClient(address))
         for _ in range(num_workers):
             start(f"--address=127.0.0.1:{gcs}", "--num-cpus=1")
-        wait_for(lambda: sum(node.state == "ALIVE" for node in list_nodes(address=address)) == len(nodes))
-        print(f"dashboard {address}, token authentication, {num_workers} worker nodes of one CPU", flush=True)
+        wait_for(
+            lambda: sum(node.state == "ALIVE" for node in list_nodes(address=address)) == len(nodes)
+        )
+        print(
+            f"dashboard {address}, token authentication, {num_workers} worker nodes of one CPU",
+            flush=True,
+        )
         yield client
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it behind
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # a second Ctrl-C must not leave half of it behind
         for node in reversed(nodes):
             node.terminate()
         psutil.wait_procs(psutil.Process().children(), timeout=STOP_SECONDS)
@@ -120,9 +135,13 @@ def ray_job(client: Any, *arguments: str) -> None:
     """Show and run one ``ray job`` command."""
     print("\n$ ray job", shlex.join(arguments), flush=True)
     environment = {**os.environ, "RAY_ADDRESS": client.get_address()}
-    done = subprocess.run([RAY, "job", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [RAY, "job", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"ray job {arguments[0]} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"ray job {arguments[0]} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
 
 
 def submit(client: Any, job: str, recipe: Sequence[str], run_dir: Path) -> None:
@@ -132,7 +151,9 @@ def submit(client: Any, job: str, recipe: Sequence[str], run_dir: Path) -> None:
             "--", "python", "jobs/search.py", *recipe, "--run-dir", str(run_dir))  # fmt: skip
 
 
-def follow(client: Any, job: str, run_dir: Path, expected: str, until_units: float = float("inf")) -> None:
+def follow(
+    client: Any, job: str, run_dir: Path, expected: str, until_units: float = float("inf")
+) -> None:
     """Print where a job stands until it has ended, or has scored ``until_units``.
 
     Raises:
@@ -157,14 +178,20 @@ def follow(client: Any, job: str, run_dir: Path, expected: str, until_units: flo
 def _progress(status: dict[str, Any]) -> str:
     if not status:
         return "nothing scored yet"
-    best = f"best {status['best_ppl']:.4g} at d_rcd {status['best_critical_dim']}, " if status["best_ppl"] else ""
+    best = (
+        f"best {status['best_ppl']:.4g} at d_rcd {status['best_critical_dim']}, "
+        if status["best_ppl"]
+        else ""
+    )
     return (
         f"{status['state']}, generation {status['generation']} of {status['iterations']}, {best}"
         f"{status['units_done']} units, ETA {format_seconds(status['eta_seconds'])}"
     )
 
 
-def demo(client: Any, recipe: Sequence[str], run_dir: Path, picture: Callable[[Any], None] | None) -> bool:
+def demo(
+    client: Any, recipe: Sequence[str], run_dir: Path, picture: Callable[[Any], None] | None
+) -> bool:
     """Search undisturbed, search with a stop, compare; True if nothing was lost and the winners are the same bytes."""
     whole, stopped = run_dir / "undisturbed", run_dir / "stopped"
     submit(client, "undisturbed", recipe, whole)
@@ -186,10 +213,14 @@ def demo(client: Any, recipe: Sequence[str], run_dir: Path, picture: Callable[[A
         picture(client)
     follow(client, "attempt-2", stopped, "SUCCEEDED")
     ledger = RunDir(str(stopped)).load_scores()
-    lost = sum(ledger.get(key) != score for key, score in kept.items())  # a row says who scored it, and when
+    lost = sum(
+        ledger.get(key) != score for key, score in kept.items()
+    )  # a row says who scored it, and when
     same = (stopped / "winner.json").read_bytes() == (whole / "winner.json").read_bytes()
     print(f"\n{format_table(RunDir(str(stopped)).winner() or {})}\n")
-    print(f"{len(kept)} units before the stop and {len(ledger) - len(kept)} after it; lost or scored again: {lost}")
+    print(
+        f"{len(kept)} units before the stop and {len(ledger) - len(kept)} after it; lost or scored again: {lost}"
+    )
     print(
         f"winner.json: {'the same bytes as' if same else 'NOT the bytes of'} the undisturbed run's\n{whole}\n{stopped}"
     )
@@ -206,7 +237,9 @@ def screenshot(browser: str, file: Path, client: Any) -> None:
     class Login(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(302)
-            self.send_header("Set-Cookie", f"ray-authentication-token={os.environ['RAY_AUTH_TOKEN']}; Path=/")
+            self.send_header(
+                "Set-Cookie", f"ray-authentication-token={os.environ['RAY_AUTH_TOKEN']}; Path=/"
+            )
             self.send_header("Location", f"{client.get_address()}/#/actors")
             self.end_headers()
 
@@ -225,18 +258,30 @@ def screenshot(browser: str, file: Path, client: Any) -> None:
 
 def main() -> int:
     """Run the demo; its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="demo", help="a recipe; --section.field VALUE overrides a field of it")
-    parser.add_argument("--run-dir", type=Path, help="a new directory (default runs/cluster-demo/TIME)")
-    parser.add_argument("--screenshot", type=Path, metavar="FILE", help="a picture of the dashboard, with Chromium")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", default="demo", help="a recipe; --section.field VALUE overrides a field of it"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, help="a new directory (default runs/cluster-demo/TIME)"
+    )
+    parser.add_argument(
+        "--screenshot", type=Path, metavar="FILE", help="a picture of the dashboard, with Chromium"
+    )
     arguments, overrides = parser.parse_known_args()
-    run_dir = (arguments.run_dir or ROOT / "runs/cluster-demo" / time.strftime("%Y%m%d-%H%M%S")).resolve()
+    run_dir = (
+        arguments.run_dir or ROOT / "runs/cluster-demo" / time.strftime("%Y%m%d-%H%M%S")
+    ).resolve()
     if run_dir.exists():
         parser.error(f"--run-dir: expected a new directory, {run_dir} is there")
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if arguments.screenshot and not browser:
         parser.error("--screenshot: expected chromium on the PATH")
-    picture = partial(screenshot, str(browser), arguments.screenshot) if arguments.screenshot else None
+    picture = (
+        partial(screenshot, str(browser), arguments.screenshot) if arguments.screenshot else None
+    )
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

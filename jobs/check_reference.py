@@ -26,7 +26,10 @@ class Check:
         self.spec = read_spec(path)
         self.tokenizer = load_tokenizer(path)
         self.scorer = NeedleScorer(load_model(path, device="cpu", threads=threads), self.spec)
-        ids = [self.tokenizer.encode(b.text, add_special_tokens=False) for b in load_books(["bundled:report"])]
+        ids = [
+            self.tokenizer.encode(b.text, add_special_tokens=False)
+            for b in load_books(["bundled:report"])
+        ]
         self.books = ids
 
     def samples(self, length: int, depth: float, count: int, seed: int = 7) -> list[NeedleSample]:
@@ -40,41 +43,64 @@ class Check:
                 start = rng.randrange(len(book) - length)
                 text = book[start : start + length]
                 made.append(
-                    build_sample(self.tokenizer, text, length=length, key=key, value=draw_value(rng), depth=depth)
+                    build_sample(
+                        self.tokenizer,
+                        text,
+                        length=length,
+                        key=key,
+                        value=draw_value(rng),
+                        depth=depth,
+                    )
                 )
         return made
 
-    def score(self, method: str, length: int, depth: float, count: int, attention_factor: float = 1.0):
+    def score(
+        self, method: str, length: int, depth: float, count: int, attention_factor: float = 1.0
+    ):
         """(needle perplexity, accuracy) of a method without any tuning."""
         target = max(length, self.spec.original_length + 1)
         vector = baseline(method, self.spec.geometry, target, attention_factor=attention_factor)
         scores = [
-            self.scorer.score(s, vector.values, vector.attention_factor) for s in self.samples(length, depth, count)
+            self.scorer.score(s, vector.values, vector.attention_factor)
+            for s in self.samples(length, depth, count)
         ]
         ppl = perplexity(sum(s.nll_sum for s in scores), sum(s.num_tokens for s in scores))
         return ppl, sum(s.correct for s in scores) / count
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="bundled:reference")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     check = Check(args.model, args.threads)
     window = check.spec.original_length
-    print(f"{args.samples} samples a cell; perplexity of the answer / share of answers exactly right\n")
+    print(
+        f"{args.samples} samples a cell; perplexity of the answer / share of answers exactly right\n"
+    )
     print(f"| length {window}, unscaled | " + " | ".join(f"depth {d:g}" for d in DEPTHS) + " |")
     print("|---|" + "---|" * len(DEPTHS))
     cells = [check.score("unscaled", window, depth, args.samples) for depth in DEPTHS]
     print("| | " + " | ".join(f"{ppl:.3f} / {accuracy:.0%}" for ppl, accuracy in cells) + " |\n")
     for ratio in (4, 8):
         su = su_attention_factor(ratio, window)
-        print(f"| {ratio} x L0, needle at the start | attention factor 1 | attention factor {su:.3f} (su) |")
+        print(
+            f"| {ratio} x L0, needle at the start | attention factor 1 | attention factor {su:.3f} (su) |"
+        )
         print("|---|---|---|")
         for method in METHODS:
-            cells = [check.score(method, ratio * window, 0.0, args.samples // 2, factor) for factor in (1.0, su)]
-            print(f"| {method} | " + " | ".join(f"{ppl:.3f} / {accuracy:.0%}" for ppl, accuracy in cells) + " |")
+            cells = [
+                check.score(method, ratio * window, 0.0, args.samples // 2, factor)
+                for factor in (1.0, su)
+            ]
+            print(
+                f"| {method} | "
+                + " | ".join(f"{ppl:.3f} / {accuracy:.0%}" for ppl, accuracy in cells)
+                + " |"
+            )
         print(flush=True)
 
 

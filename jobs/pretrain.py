@@ -30,7 +30,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     """Byte-level BPE with every digit a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -54,7 +57,14 @@ def seen_in_training(key: str) -> bool:
 class Documents:
     """Rows of exactly ``window`` tokens with the weight of each token in the loss."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int, full_share: float, seed: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        texts: list[str],
+        window: int,
+        full_share: float,
+        seed: int,
+    ):
         self.tokenizer, self.window, self.full_share = tokenizer, window, full_share
         self.rng = random.Random(seed)
         pieces = [text[i : i + 200_000] for text in texts for i in range(0, len(text), 200_000)]
@@ -136,11 +146,15 @@ class Documents:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--init", help="go on with this model and tokenizer instead of new ones")
-    parser.add_argument("--copying-steps", type=int, default=667, help="steps over which copying sequences fade out")
+    parser.add_argument(
+        "--copying-steps", type=int, default=667, help="steps over which copying sequences fade out"
+    )
     parser.add_argument(
         "--full-share",
         type=float,
@@ -155,13 +169,19 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a fifth faster, needs a C++ compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: a fifth faster, needs a C++ compiler"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
 
     texts = [book.text for book in load_books([str(TEXT)])]
-    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else train_tokenizer(texts, args.vocab)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(args.init)
+        if args.init
+        else train_tokenizer(texts, args.vocab)
+    )
     documents = Documents(tokenizer, texts, args.window, args.full_share, args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -181,7 +201,9 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95)
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
     )
     warmup = 100
     token_losses = torch.compile(per_token_losses) if args.compile else per_token_losses
@@ -214,7 +236,9 @@ def main() -> None:
 def per_token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """(B, T) token ids to the loss of every token but the first of its row, flat."""
     logits = model(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -38,10 +38,19 @@ def document(rng: random.Random, texts: list[str], num_characters: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--short", type=int, default=3000, help="documents of up to 400 characters of text")
-    parser.add_argument("--long", type=int, default=1500, help="documents of 1,000 to --characters characters of text")
+    parser.add_argument(
+        "--short", type=int, default=3000, help="documents of up to 400 characters of text"
+    )
+    parser.add_argument(
+        "--long",
+        type=int,
+        default=1500,
+        help="documents of 1,000 to --characters characters of text",
+    )
     parser.add_argument("--characters", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -51,7 +60,9 @@ def main() -> None:
     lengths += [rng.randrange(1000, args.characters) for _ in range(args.long)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     beside = args.out.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps({"text": document(rng, texts, length)}) + "\n" for length in lengths))
+    beside.write_text(
+        "".join(json.dumps({"text": document(rng, texts, length)}) + "\n" for length in lengths)
+    )
     beside.replace(args.out)
 
 

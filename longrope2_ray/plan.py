@@ -27,7 +27,9 @@ UTILISATION = 0.4  # share of the peak that long prefill reaches with flash atte
 RACED_OUT = 0.2  # share of units that exact racing saves, on the cautious side: the demo saved 0.59 (jobs/LOG.md)
 
 
-def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float) -> dict[str, Any] | None:
+def plan_training(
+    recipe: Recipe, shape: Shape, accelerator: str, utilisation: float
+) -> dict[str, Any] | None:
     """Tokens, steps, FLOPs, GPU-hours and memory of the training; None without a ``[data]`` section.
 
     Raises:
@@ -69,21 +71,28 @@ def plan_training(recipe: Recipe, shape: Shape, accelerator: str, utilisation: f
     }
 
 
-def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UTILISATION) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UTILISATION
+) -> dict[str, Any]:
     """Candidates, units, passes, FLOPs, GPU-hours and memory of a run.
 
     Raises:
         ValueError: if the accelerator is unknown or the recipe does not fit the shape.
     """
     if accelerator not in ACCELERATORS:
-        raise ValueError(f"--accelerator: expected one of {', '.join(ACCELERATORS)}, got {accelerator!r}")
+        raise ValueError(
+            f"--accelerator: expected one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
+        )
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation: expected a share in 0 ... 1, got {utilisation}")
     require_methods(recipe.report.methods)
     device = ACCELERATORS[accelerator]
     search, report = recipe.search, recipe.report
     geometry = RopeGeometry(
-        shape.head_dim, shape.rotary_dim, shape.rope_base, recipe.model.original_length or shape.original_length
+        shape.head_dim,
+        shape.rotary_dim,
+        shape.rope_base,
+        recipe.model.original_length or shape.original_length,
     )
     space = SearchSpace.from_recipe(geometry, search)
     Evolution(space, search)  # refuses what the search would refuse
@@ -93,7 +102,9 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
     lengths = report.lengths or [search.target_length]
     report_passes = report_units(recipe)
     flops = pass_flops(shape, search.target_length)
-    report_flops = sum(pass_flops(shape, length)["total"] for length in lengths) * report_passes / len(lengths)
+    report_flops = (
+        sum(pass_flops(shape, length)["total"] for length in lengths) * report_passes / len(lengths)
+    )
     memory = scorer_memory_bytes(shape, recipe)
     gpus = recipe.scorer.gpus_per_scorer
     spread = max(1.0, gpus)  # layers go to one GPU after another, which wait for each other
@@ -124,7 +135,8 @@ def plan(recipe: Recipe, shape: Shape, accelerator: str, utilisation: float = UT
         "gpu_hours_likely": gpu_hours(likely),
         "scorer_memory_gib": {k: v / 2**30 for k, v in memory.items()},
         "gpus_per_scorer": gpus,
-        "fits": gpu_memory_bytes(shape, recipe) / 2**30 <= device.memory_gib * min(gpus or 1.0, 1.0),
+        "fits": gpu_memory_bytes(shape, recipe) / 2**30
+        <= device.memory_gib * min(gpus or 1.0, 1.0),
         "training": plan_training(recipe, shape, accelerator, utilisation),
     }
 
@@ -147,7 +159,11 @@ def format_plan(cost: dict[str, Any]) -> str:
         "memory of one scorer",
     ]
     lines += [f"  {part:<22} {gib:9.3f} GiB" for part, gib in memory.items()]
-    verdict = "fits" if cost["fits"] else "DOES NOT FIT: raise scorer.gpus_per_scorer or take a larger accelerator"
+    verdict = (
+        "fits"
+        if cost["fits"]
+        else "DOES NOT FIT: raise scorer.gpus_per_scorer or take a larger accelerator"
+    )
     lines.append(f"{verdict} ({cost['gpus_per_scorer']:g} x {cost['accelerator']} per scorer)")
     if train := cost["training"]:
         lines += [
@@ -159,7 +175,11 @@ def format_plan(cost: dict[str, Any]) -> str:
             f"memory of one of {train['num_workers']} workers, {train['sequence_parallel']} on each segment",
         ]
         lines += [f"  {part:<25} {gib:6.2f} GiB" for part, gib in train["memory_gib"].items()]
-        lines.append("fits" if train["fits"] else "DOES NOT FIT: raise train.num_workers or train.sequence_parallel")
+        lines.append(
+            "fits"
+            if train["fits"]
+            else "DOES NOT FIT: raise train.num_workers or train.sequence_parallel"
+        )
         lines.append(f"the first worker's host holds the whole model: {train['first_host_gib']:.1f} GiB; a checkpoint takes "
                      f"{train['checkpoint_gib']:.1f} GiB, two are kept")  # fmt: skip
     return "\n".join(lines)

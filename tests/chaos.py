@@ -66,7 +66,9 @@ def misbehaving(folder: str) -> None:
     from longrope2_ray.storage import rundir
     from longrope2_ray.workers import pool
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # workers do not import the tests
     real_scorer: Any = pool.Scorer
     real_dir: Any = rundir.RunDir
 
@@ -92,7 +94,10 @@ def misbehaving(folder: str) -> None:
         def _write_once(self, target: Any, data: bytes) -> None:
             if take(folder, "slow"):
                 time.sleep(3)
-            for fault, error in (("away", ConnectionError("no route to storage")), ("full", OSError(28, "no space"))):
+            for fault, error in (
+                ("away", ConnectionError("no route to storage")),
+                ("full", OSError(28, "no space")),
+            ):
                 if take(folder, fault):
                     raise error
             super()._write_once(target, data)
@@ -132,7 +137,12 @@ class Chaos:
 
 
 def start_driver(
-    run_dir: Path | str, recipe: Sequence[str], address: str, chaos: Chaos, log: Path, clock_seconds: float = 0.0
+    run_dir: Path | str,
+    recipe: Sequence[str],
+    address: str,
+    chaos: Chaos,
+    log: Path,
+    clock_seconds: float = 0.0,
 ) -> subprocess.Popen[bytes]:
     """``longrope2 search`` on the cluster; its output goes to ``log``."""
     command = [sys.executable, str(Path(__file__)), "search", *recipe, "--run-dir", str(run_dir)]
@@ -159,7 +169,10 @@ def free_port() -> int:
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL a process and all below it, at once and without a word, as a lost machine goes."""
     with suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        family = [
+            *psutil.Process(process.pid).children(recursive=True),
+            psutil.Process(process.pid),
+        ]
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.suspend()  # so that none sees another die
@@ -173,7 +186,9 @@ class Cluster:
     """A Ray head without CPUs and nodes of one CPU, every one a process of its own."""
 
     def __init__(self, nodes: int = 2):
-        self.folder = tempfile.mkdtemp(prefix="c", dir="/tmp")  # short: paths of sockets may have 107 bytes
+        self.folder = tempfile.mkdtemp(
+            prefix="c", dir="/tmp"
+        )  # short: paths of sockets may have 107 bytes
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.made = 0
         self.port = free_port()
@@ -185,7 +200,9 @@ class Cluster:
 
     def start(self, nodes: int) -> None:
         """A head, and ``nodes`` nodes that have joined it."""
-        self.head = self._ray("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
+        self.head = self._ray(
+            "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"
+        )
         self._wait_for(1)
         for _ in range(nodes):
             self.add_node()
@@ -203,11 +220,20 @@ class Cluster:
 
     def _ray(self, *arguments: str) -> subprocess.Popen[bytes]:
         ports = [
-            f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")
+            f"--{name}-port={free_port()}"
+            for name in ("node-manager", "object-manager", "dashboard-agent-listen")
         ]
-        command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+        command = [
+            str(BIN / "ray"),
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            "--object-store-memory=100000000",
+        ]
         self.made += 1
-        place = f"--temp-dir={self.folder}/{self.made}"  # nodes that share one get in each other's way
+        place = (
+            f"--temp-dir={self.folder}/{self.made}"  # nodes that share one get in each other's way
+        )
         return subprocess.Popen(
             [*command, *arguments, *ports, place],
             env=ENVIRONMENT,
@@ -237,7 +263,9 @@ class Cluster:
             with suppress(psutil.NoSuchProcess):
                 for process in psutil.Process(node.pid).children(recursive=True):
                     with suppress(psutil.NoSuchProcess):
-                        if process.cmdline()[:1] and process.cmdline()[0].startswith(("ray::Scorer", "ray::scorer-")):
+                        if process.cmdline()[:1] and process.cmdline()[0].startswith(
+                            ("ray::Scorer", "ray::scorer-")
+                        ):
                             found.append(process)
         return found
 
@@ -245,11 +273,16 @@ class Cluster:
         """A node goes: without a word, or some seconds after its notice."""
         node = self.nodes.pop(index)
         if notice:
-            wait_until(lambda: node.poll() is not None or self.node_id(node) in self.alive(), "the node can be drained")
+            wait_until(
+                lambda: node.poll() is not None or self.node_id(node) in self.alive(),
+                "the node can be drained",
+            )
         if notice and node.poll() is None:  # else it went by itself
             drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={self.node_id(node)}",
                      "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=5"]  # fmt: skip
-            subprocess.run(drain, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120)
+            subprocess.run(
+                drain, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120
+            )
             time.sleep(3)
         kill_tree(node)
 
@@ -282,7 +315,11 @@ def damage(run_dir: Path | str, rng: random.Random) -> str:
     """Tear, flip, truncate, empty or remove one file of a run; what was done."""
     place = run_dir_of(run_dir)
     name = rng.choice(
-        [n.lstrip("/") for folder in ("", "drivers", "generations", "scores") for n in place.names(folder)]
+        [
+            n.lstrip("/")
+            for folder in ("", "drivers", "generations", "scores")
+            for n in place.names(folder)
+        ]
     )
     path = place.path / name
     data = path.read_bytes()
@@ -300,19 +337,26 @@ def damage(run_dir: Path | str, rng: random.Random) -> str:
 def outcome(run_dir: Path | str) -> dict[str, bytes]:
     """What has to be the same in the end: the winner and every generation, the final population among them."""
     place = run_dir_of(run_dir)
-    return {name: bytes((place.path / name).read_bytes()) for name in ["winner.json", *place.names("generations")]}
+    return {
+        name: bytes((place.path / name).read_bytes())
+        for name in ["winner.json", *place.names("generations")]
+    }
 
 
 Units = list[tuple[str, str, int]]
 
 
-def committed(run_dir: Path | str, known: dict[str, Units] | None = None) -> Counter[tuple[str, str, int]]:
+def committed(
+    run_dir: Path | str, known: dict[str, Units] | None = None
+) -> Counter[tuple[str, str, int]]:
     """How often each unit stands in the ledger's whole segments; those in ``known`` are not read again."""
     place, known = run_dir_of(run_dir), {} if known is None else known
     names = place.names("scores")
     for name in names:
         if name not in known and (body := place.read_or_skip(name)):
-            known[name] = [(row["vector_id"], row["needle_set"], row["sample"]) for row in body["rows"]]
+            known[name] = [
+                (row["vector_id"], row["needle_set"], row["sample"]) for row in body["rows"]
+            ]
     return Counter(unit for name in names for unit in known.get(name, []))
 
 
@@ -376,7 +420,9 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -
         time.sleep(0.1)
 
 
-def stop(driver: subprocess.Popen[bytes], number: int = signal.SIGKILL, seconds: float = 300) -> int:
+def stop(
+    driver: subprocess.Popen[bytes], number: int = signal.SIGKILL, seconds: float = 300
+) -> int:
     """Its exit code, for which it has so long."""
     driver.send_signal(number)
     return driver.wait(timeout=seconds)

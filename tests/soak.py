@@ -56,7 +56,9 @@ PATIENCE_SECONDS = 1800.0  # for one search
 class Search:
     """One search in its directory, whatever happens to it."""
 
-    def __init__(self, folder: Path, cluster: Cluster, rng: random.Random, server: psutil.Process | None):
+    def __init__(
+        self, folder: Path, cluster: Cluster, rng: random.Random, server: psutil.Process | None
+    ):
         self.folder, self.cluster, self.rng, self.server = folder, cluster, rng, server
         self.place = f"s3://{BUCKET}/{folder.name}" if server else str(folder / "run")
         self.known: dict[str, Units] = {}
@@ -70,7 +72,9 @@ class Search:
 
     def start(self) -> Any:
         self.starts += 1
-        return start_driver(self.place, RECIPE, self.cluster.address, self.chaos, self.log, self.clock_seconds)
+        return start_driver(
+            self.place, RECIPE, self.cluster.address, self.chaos, self.log, self.clock_seconds
+        )
 
     def look(self) -> int:
         """Units in the ledger now; whatever was there once is remembered."""
@@ -169,7 +173,9 @@ class Search:
         older, self.driver = self.driver, self.start()
         code = older.wait(timeout=600)
         said = "a newer driver" in self.log.read_text()
-        assert (code == 3 and said) or code == 0, f"the older driver ended with {code} and did not say why"
+        assert (code == 3 and said) or code == 0, (
+            f"the older driver ended with {code} and did not say why"
+        )
         return f"the older one ended with {code}"
 
     def head_is_restarted(self) -> str:
@@ -230,7 +236,9 @@ def soak(
     return {
         "search": index,
         "same_bytes": found == expected,
-        "differs": sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)),
+        "differs": sorted(
+            name for name in {*found, *expected} if found.get(name) != expected.get(name)
+        ),
         "units_lost": len(search.seen.keys() - final.keys()),
         "units_committed_twice": sum(count > 1 for count in final.values()),
         "wrong_ends": search.wrong_ends,
@@ -242,11 +250,15 @@ def soak(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--searches", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("runs/soak.jsonl"))
-    parser.add_argument("--s3", action="store_true", help="run directories in a bucket of an S3 server of its own")
+    parser.add_argument(
+        "--s3", action="store_true", help="run directories in a bucket of an S3 server of its own"
+    )
     args = parser.parse_args()
     with s3_server() if args.s3 else nullcontext() as server:
         return run(args, server)
@@ -255,8 +267,14 @@ def main() -> int:
 def run(args: argparse.Namespace, server: psutil.Process | None) -> int:
     if server:
         s3fs.S3FileSystem().mkdir(BUCKET)
-    logging.getLogger("longrope2").setLevel(logging.ERROR)  # who looks on need not name each damaged file
-    rows = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
+    logging.getLogger("longrope2").setLevel(
+        logging.ERROR
+    )  # who looks on need not name each damaged file
+    rows = (
+        [json.loads(line) for line in args.log.read_text().splitlines()]
+        if args.log.exists()
+        else []
+    )
     args.log.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))
     cluster = Cluster(nodes=2)

@@ -59,10 +59,15 @@ class Run:
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
 
     def start(self, **settings: Any) -> Any:
-        return start_driver(self.place, RECIPE, self.cluster.address, self.chaos, self.log, **settings)
+        return start_driver(
+            self.place, RECIPE, self.cluster.address, self.chaos, self.log, **settings
+        )
 
     def wait_for_scores(self, count: int) -> None:
-        wait_until(lambda: len(committed(self.place)) >= count, f"{count} scores are committed in {self.place}")
+        wait_until(
+            lambda: len(committed(self.place)) >= count,
+            f"{count} scores are committed in {self.place}",
+        )
 
     @property
     def ended(self) -> bool:
@@ -87,7 +92,9 @@ def run(tmp_path: Path, cluster: Cluster) -> Iterator[Run]:
         cluster.add_node()
 
 
-def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
     driver = run.start()
     run.wait_for_scores(8)
     before = committed(run.place)
@@ -108,10 +115,16 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
     run.wait_for_scores(8)
     older.send_signal(signal.SIGSTOP)  # taken for dead, and back when another one is at work
     newer = run.start()
-    wait_until(lambda: len(list((run.place / "drivers").iterdir())) == 2, "the newer driver has taken over")
+    wait_until(
+        lambda: len(list((run.place / "drivers").iterdir())) == 2, "the newer driver has taken over"
+    )
     older.send_signal(signal.SIGCONT)
     assert older.wait(timeout=200) == 3
-    (said,) = [line for line in run.log.read_text().splitlines() if line.startswith("stopped: a newer driver")]
+    (said,) = [
+        line
+        for line in run.log.read_text().splitlines()
+        if line.startswith("stopped: a newer driver")
+    ]
     assert f"process {newer.pid} on" in said
     assert run.finish(newer) == undisturbed
     assert max(committed(run.place).values()) == 1, "a unit was committed twice"
@@ -119,7 +132,9 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", SCORER_FAULTS)
-def test_a_scorer_that_misbehaves_once_changes_nothing(run: Run, undisturbed: dict[str, bytes], fault: str) -> None:
+def test_a_scorer_that_misbehaves_once_changes_nothing(
+    run: Run, undisturbed: dict[str, bytes], fault: str
+) -> None:
     if fault == "load-fails":
         run.chaos.order(fault)
     driver = run.start()
@@ -138,7 +153,11 @@ def test_a_storage_that_misbehaves_for_a_while_changes_nothing(
     driver = run.start()
     run.wait_for_scores(6)
     run.chaos.begin(fault)
-    wait_until(lambda: run.chaos.taken()[fault] >= 4, "several writes have been refused or slow", seconds=100)
+    wait_until(
+        lambda: run.chaos.taken()[fault] >= 4,
+        "several writes have been refused or slow",
+        seconds=100,
+    )
     assert not run.ended
     run.chaos.end(fault)
     assert run.finish(driver) == undisturbed
@@ -147,14 +166,18 @@ def test_a_storage_that_misbehaves_for_a_while_changes_nothing(
 
 @pytest.mark.long
 @pytest.mark.parametrize("notice", [True, False], ids=["with drain notice", "without notice"])
-def test_a_node_is_lost_and_another_joins_late(run: Run, undisturbed: dict[str, bytes], notice: bool) -> None:
+def test_a_node_is_lost_and_another_joins_late(
+    run: Run, undisturbed: dict[str, bytes], notice: bool
+) -> None:
     run.chaos.begin(LINGERS)
     driver = run.start()
     wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")
     run.cluster.lose_node(0, notice)
     assert not run.ended, "the node was lost too late to matter"
     run.cluster.add_node(wait=False)
-    costs = ["preemptions"] if notice else ["deaths", "requeued"]  # with notice a scorer may leave between two units
+    costs = (
+        ["preemptions"] if notice else ["deaths", "requeued"]
+    )  # with notice a scorer may leave between two units
     wait_until(lambda: losses(run.place)[costs[0]] > 0, "the driver has seen it", seconds=100)
     run.chaos.end(LINGERS)
     assert run.finish(driver) == undisturbed
@@ -162,7 +185,9 @@ def test_a_node_is_lost_and_another_joins_late(run: Run, undisturbed: dict[str, 
 
 
 @pytest.mark.long
-def test_a_node_that_joins_a_running_search_takes_part(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_a_node_that_joins_a_running_search_takes_part(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
     run.cluster.lose_node(0)
     wait_until(lambda: len(run.cluster.alive()) == 2, "the head and one node are left")
     run.chaos.begin(LINGERS)
@@ -211,7 +236,9 @@ def test_a_driver_is_killed_at_random_points(run: Run, undisturbed: dict[str, by
 
 
 @pytest.mark.long
-def test_clocks_that_are_off_by_days_change_nothing(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_clocks_that_are_off_by_days_change_nothing(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
     driver = run.start(clock_seconds=3 * 86400.0)
     run.wait_for_scores(10)
     stop(driver)
@@ -258,22 +285,34 @@ def as_in_a_pod(line: str, folder: Path, address: str, **narrower: str) -> subpr
         real = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
         (folder / name).write_text(f'#!/bin/sh\nexec {real} "$@" {options}\n')
         (folder / name).chmod(0o755)
-    environment = {**ENVIRONMENT, "RAY_ADDRESS": address, "PATH": f"{folder}:{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **ENVIRONMENT,
+        "RAY_ADDRESS": address,
+        "PATH": f"{folder}:{BIN}:{os.environ['PATH']}",
+    }
     return subprocess.Popen(["/bin/sh", "-c", line], env=environment)
 
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill (procps) is not installed")
-def test_a_head_that_is_stopped_lets_its_driver_end(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_a_head_that_is_stopped_lets_its_driver_end(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
     command = shlex.join(["jobs/search.py", *RECIPE, "--run-dir", str(run.place)])
-    environment = {**ENVIRONMENT, "RAY_ADDRESS": run.cluster.address, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **ENVIRONMENT,
+        "RAY_ADDRESS": run.cluster.address,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     with run.log.open("ab") as out:  # through a shell, as Ray runs an entrypoint
         driver = subprocess.Popen(f"python {command} || exit $?", shell=True, cwd=ROOT, env=environment, stdout=out,
                                   stderr=out, start_new_session=True)  # fmt: skip
     run.wait_for_scores(8)
     before = committed(run.place)
     session = f"--session {driver.pid}"
-    hook = as_in_a_pod(pre_stop("head"), run.folder, run.cluster.address, pkill=session, pgrep=session)
+    hook = as_in_a_pod(
+        pre_stop("head"), run.folder, run.cluster.address, pkill=session, pgrep=session
+    )
     assert hook.wait(timeout=GRACE_SECONDS) == 0, "it is over when the driver is"
     assert driver.wait(timeout=1) == 130, run.log.read_text()[-3000:]
     assert not before - committed(run.place)
@@ -288,7 +327,9 @@ def test_a_worker_that_is_stopped_gives_notice(run: Run, undisturbed: dict[str, 
     wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")
     node = run.cluster.node_id(run.cluster.nodes[0])
     hook = as_in_a_pod(pre_stop("worker"), run.folder, run.cluster.address, ray=f"--node-id={node}")
-    wait_until(lambda: losses(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60)
+    wait_until(
+        lambda: losses(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60
+    )
     assert hook.poll() is None, "the pod waits for what runs in it"
     assert run.cluster.nodes[0].poll() is None
     assert not losses(run.place)["requeued"]

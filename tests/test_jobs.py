@@ -19,7 +19,10 @@ import tomli_w
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_AUTH_MODE": "disabled"}
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 def free_port() -> int:
@@ -38,7 +41,9 @@ def head():
         f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
         f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     address = f"http://127.0.0.1:{dashboard}"
     began = time.monotonic()
     while subprocess.run([str(BIN / "ray"), "job", "list", "--address", address], env=ENVIRONMENT,
@@ -76,7 +81,9 @@ def test_a_submitted_job_gives_the_same_winner_as_the_command(head, tmp_path):
     assert [g["generation"] for g in generations if g["event"] == "generation"] == [0, 1, 2]
     assert "needle perplexity" in log
     longrope2("search", "debug", "--run-dir", str(tmp_path / "command"))
-    assert (tmp_path / "job" / "winner.json").read_bytes() == (tmp_path / "command" / "winner.json").read_bytes()
+    assert (tmp_path / "job" / "winner.json").read_bytes() == (
+        tmp_path / "command" / "winner.json"
+    ).read_bytes()
 
 
 @pytest.mark.long
@@ -91,7 +98,9 @@ def test_submitted_jobs_pack_the_same_data_and_train_the_same_model_as_the_comma
     Path(place).write_text(tomli_w.dumps(recipe))
     for kind in ("data", "train"):
         log = submit(head, f"jobs/{kind}.py", place, "--run-dir", str(tmp_path / "job"))
-    steps = [json.loads(line)["step"] for line in log.splitlines() if line.startswith('{"event": "step"')]
+    steps = [
+        json.loads(line)["step"] for line in log.splitlines() if line.startswith('{"event": "step"')
+    ]
     assert steps == [1, 2, 3, 4]
     for kind in ("data", "train"):
         longrope2(kind, place, "--run-dir", str(tmp_path / "command"))

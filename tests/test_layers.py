@@ -15,8 +15,12 @@ PURE = [
 @pytest.mark.parametrize("blocked", [("torch", "ray", "transformers")], ids=" ".join)
 def test_pure_modules_import_without_torch_ray_and_transformers(blocked: tuple[str, ...]) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\nimport importlib\n"
-    code += "".join(f"importlib.import_module('longrope2_ray.{name}')\nprint('{name}')\n" for name in PURE)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code += "".join(
+        f"importlib.import_module('longrope2_ray.{name}')\nprint('{name}')\n" for name in PURE
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == PURE, done.stderr
     assert done.returncode == 0
 
@@ -34,6 +38,8 @@ def test_the_command_line_starts_without_torch_ray_and_transformers() -> None:
         "sys.exit(main(['factors', '--method', 'pi', '--head-dim', '8', '--base', '1e4', '--original-length', '256',"
         " '--target-length', '1024']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("pi: ")

@@ -30,8 +30,19 @@ SHAPE = ShapeSection(
 
 
 def recipe(search: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    small = {"target_length": 1024, "population_size": 16, "iterations": 3, "num_children": 8, "top_k": 4}
-    return Recipe(name="x", model={"path": "x", "shape": SHAPE}, search={**small, **(search or {})}, **sections)
+    small = {
+        "target_length": 1024,
+        "population_size": 16,
+        "iterations": 3,
+        "num_children": 8,
+        "top_k": 4,
+    }
+    return Recipe(
+        name="x",
+        model={"path": "x", "shape": SHAPE},
+        search={**small, **(search or {})},
+        **sections,
+    )
 
 
 def test_parameters_are_counted_by_hand() -> None:
@@ -49,7 +60,9 @@ def test_parameters_equal_those_of_the_model_but_for_the_norms() -> None:
         head_dim=16, vocab_size=100, tie_word_embeddings=False,
     )  # fmt: skip
     weights = dict(LlamaForCausalLM(config).named_parameters())
-    assert num_parameters(SHAPE) == sum(w.numel() for name, w in weights.items() if "norm" not in name)
+    assert num_parameters(SHAPE) == sum(
+        w.numel() for name, w in weights.items() if "norm" not in name
+    )
 
 
 def test_linear_flops_grow_with_the_length_and_attention_with_its_square() -> None:
@@ -61,7 +74,11 @@ def test_linear_flops_grow_with_the_length_and_attention_with_its_square() -> No
 
 def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
     cost = plan(
-        recipe(needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}), SHAPE, "h100"
+        recipe(
+            needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}
+        ),
+        SHAPE,
+        "h100",
     )
     assert cost["candidates"] == 16 + 3 * 8
     assert cost["units"] == 40 * 5
@@ -71,7 +88,12 @@ def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
 
 
 def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
-    sections = {"num_samples": 3, "methods": ["pi"], "lengths": [512, 1024], "attention_factors": [1.0, "su", "yarn"]}
+    sections = {
+        "num_samples": 3,
+        "methods": ["pi"],
+        "lengths": [512, 1024],
+        "attention_factors": [1.0, "su", "yarn"],
+    }
     cost = plan(recipe(report=sections), SHAPE, "h100")
     assert cost["passes_most"] - cost["units"] == 2 * 3 * 3
 
@@ -83,19 +105,30 @@ def test_without_racing_every_unit_is_likely() -> None:
 
 def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
     cost = plan(recipe(), SHAPE, "a100-80gb", utilisation=0.5)
-    seconds = cost["passes_most"] * cost["pass_pflop"]["total"] * 1e15 / (ACCELERATORS["a100-80gb"].tflops * 1e12 * 0.5)
+    seconds = (
+        cost["passes_most"]
+        * cost["pass_pflop"]["total"]
+        * 1e15
+        / (ACCELERATORS["a100-80gb"].tflops * 1e12 * 0.5)
+    )
     assert cost["gpu_hours_most"] == pytest.approx(seconds / 3600)
 
 
 def test_flops_of_the_run_are_those_of_every_pass() -> None:
-    cost = plan(recipe({"racing": "exact"}, report={"lengths": [512, 2048], "methods": ["pi"]}), SHAPE, "h100")
+    cost = plan(
+        recipe({"racing": "exact"}, report={"lengths": [512, 2048], "methods": ["pi"]}),
+        SHAPE,
+        "h100",
+    )
     one = cost["pass_pflop"]["total"]
     report = [pass_flops(SHAPE, length)["total"] / 1e15 for length in (512, 2048)]
     each = (cost["passes_most"] - cost["units"]) / 2
     assert cost["pflop_most"] == pytest.approx(cost["units"] * one + each * sum(report))
     raced_out = cost["passes_most"] - cost["passes_likely"]
     assert cost["pflop_most"] - cost["pflop_likely"] == pytest.approx(raced_out * one)
-    said = f"FLOPs            {cost['pflop_most']:.4g} PFLOP at most, about {cost['pflop_likely']:.4g}"
+    said = (
+        f"FLOPs            {cost['pflop_most']:.4g} PFLOP at most, about {cost['pflop_likely']:.4g}"
+    )
     assert said in format_plan(cost).splitlines()
 
 
@@ -112,18 +145,24 @@ def test_memory_is_that_of_the_longest_length_reported() -> None:
 
 
 def test_a_smaller_mlp_chunk_takes_less_memory() -> None:
-    whole, chunked = (scorer_memory_bytes(SHAPE, recipe(scorer={"mlp_chunk_tokens": n})) for n in (1024, 256))
+    whole, chunked = (
+        scorer_memory_bytes(SHAPE, recipe(scorer={"mlp_chunk_tokens": n})) for n in (1024, 256)
+    )
     assert whole["mlp chunk"] == 4 * chunked["mlp chunk"]
 
 
 def test_a_model_that_is_too_large_does_not_fit_until_it_is_spread() -> None:
-    big = SHAPE.model_copy(update={"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80})
+    big = SHAPE.model_copy(
+        update={"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80}
+    )
     alone = plan(recipe(), big, "h100")
     assert not alone["fits"]
     assert "DOES NOT FIT" in format_plan(alone)
     spread = plan(recipe(scorer={"gpus_per_scorer": 4}), big, "h100")
     assert spread["fits"]
-    assert spread["gpu_hours_most"] == pytest.approx(4 * alone["gpu_hours_most"])  # three wait while one works
+    assert spread["gpu_hours_most"] == pytest.approx(
+        4 * alone["gpu_hours_most"]
+    )  # three wait while one works
 
 
 def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_shares_it() -> None:
@@ -132,7 +171,9 @@ def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_s
     need = scorer_memory_bytes(wide, long)
     assert need["weights"] < need["activations"] / 10
     eight = plan(
-        recipe({"target_length": 2**22}, scorer={"mlp_chunk_tokens": 4096, "gpus_per_scorer": 8}), wide, "h100"
+        recipe({"target_length": 2**22}, scorer={"mlp_chunk_tokens": 4096, "gpus_per_scorer": 8}),
+        wide,
+        "h100",
     )
     assert need["total"] / 8 / 2**30 < ACCELERATORS["h100"].memory_gib < need["activations"] / 2**30
     assert not eight["fits"]
@@ -144,7 +185,10 @@ def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_s
 def test_weights_that_are_known_are_not_estimated() -> None:
     experts = SHAPE.model_copy(update={"num_parameters": 10 * num_parameters(SHAPE)})
     assert num_parameters(experts) == 10 * num_parameters(SHAPE)
-    assert scorer_memory_bytes(experts, recipe())["weights"] == 10 * scorer_memory_bytes(SHAPE, recipe())["weights"]
+    assert (
+        scorer_memory_bytes(experts, recipe())["weights"]
+        == 10 * scorer_memory_bytes(SHAPE, recipe())["weights"]
+    )
 
 
 def test_llama3_8b_by_its_shape() -> None:
@@ -184,7 +228,8 @@ def test_what_a_search_would_refuse_is_refused(
 def test_a_target_not_above_the_models_own_length_is_refused() -> None:
     longer = SHAPE.model_copy(update={"original_length": 1024})
     with pytest.raises(
-        ValueError, match=r"^search.target_length: expected more than the original length 1024, got 1024"
+        ValueError,
+        match=r"^search.target_length: expected more than the original length 1024, got 1024",
     ):
         plan(recipe(), longer, "h100")
 
@@ -206,7 +251,9 @@ def test_training_is_planned_where_there_is_data_only() -> None:
     assert "training         7 steps" in format_plan(
         plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100")
     )
-    with pytest.raises(ValueError, match=r"train\.global_batch_size: expected at most the 30 segments"):
+    with pytest.raises(
+        ValueError, match=r"train\.global_batch_size: expected at most the 30 segments"
+    ):
         plan(recipe(data=DATA, train={"global_batch_size": 31}), SHAPE, "h100")
 
 
@@ -216,9 +263,13 @@ def test_a_training_steps_flops_are_three_forward_passes() -> None:
 
 
 @pytest.mark.parametrize(("workers", "degree", "gib"), [(64, 1, 60), (8, 8, 26)])
-def test_memory_of_training_8b_at_128k_is_what_others_need(workers: int, degree: int, gib: float) -> None:
+def test_memory_of_training_8b_at_128k_is_what_others_need(
+    workers: int, degree: int, gib: float
+) -> None:
     """60 GB a GPU on 64 of them, 26 GB on 8 with sequence parallelism over all, as measured elsewhere."""
-    chosen = load_recipe("llama3_8b_128k", [f"--train.num-workers={workers}", f"--train.sequence-parallel={degree}"])
+    chosen = load_recipe(
+        "llama3_8b_128k", [f"--train.num-workers={workers}", f"--train.sequence-parallel={degree}"]
+    )
     assert chosen.model.shape is not None
     total = training_memory_bytes(chosen.model.shape, chosen, workers)["total"] / 2**30
     assert total == pytest.approx(gib, rel=0.3)
@@ -229,7 +280,9 @@ def test_the_plan_says_what_the_first_worker_and_a_checkpoint_take() -> None:
     chosen = load_recipe("llama3_8b_128k")
     assert chosen.model.shape is not None
     said = format_plan(plan(chosen, chosen.model.shape, "h100")).splitlines()[-1]
-    assert said.startswith("the first worker's host holds the whole model: 29.9 GiB; a checkpoint takes 89.7 GiB")
+    assert said.startswith(
+        "the first worker's host holds the whole model: 29.9 GiB; a checkpoint takes 89.7 GiB"
+    )
 
 
 def test_the_papers_training_is_its_recipe() -> None:

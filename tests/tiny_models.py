@@ -57,17 +57,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def tiny_config(family: str, rope: dict[str, Any] | None = None, **changes: Any) -> transformers.PreTrainedConfig:
+def tiny_config(
+    family: str, rope: dict[str, Any] | None = None, **changes: Any
+) -> transformers.PreTrainedConfig:
     """The family's configuration; ``rope`` replaces parameters of its (full-attention) RoPE."""
     name, differences, parameters = FAMILIES[family]
     full = {"rope_type": "default", "rope_theta": 1e4, **parameters, **(rope or {})}
     if family == "gemma3":
-        full = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        full = {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
     settings = {**SHAPE, **differences, "rope_parameters": full, **changes}
     return getattr(transformers, name)(**settings)
 
 
-def tiny_model(config: transformers.PreTrainedConfig, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny_model(
+    config: transformers.PreTrainedConfig, seed: int = 0
+) -> transformers.PreTrainedModel:
     """Random weights from the seed, float32, evaluation mode."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)

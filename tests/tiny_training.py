@@ -23,7 +23,9 @@ def save_model_and_tokenizer(folder: Path) -> None:
     tiny_model(tiny_config("llama")).save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2"
+    )
     fast.save_pretrained(folder)
 
 
@@ -57,7 +59,10 @@ def recipe_of(model_dir: str, **train: Any) -> Recipe:
         "dtype": "float32", "checkpoint_steps": 2, "loss_chunk_tokens": 32, **train,
     }  # fmt: skip
     return Recipe(
-        name="test", model={"path": model_dir, "device": "cpu"}, search={"target_length": LENGTH}, train=settings
+        name="test",
+        model={"path": model_dir, "device": "cpu"},
+        search={"target_length": LENGTH},
+        train=settings,
     )
 
 
@@ -69,10 +74,17 @@ def prepared_dir(folder: Path) -> Path:
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: row[k] for k in ("step", "loss", "window_losses", "num_tokens", "learning_rate", "grad_norm")}
+    return {
+        k: row[k]
+        for k in ("step", "loss", "window_losses", "num_tokens", "learning_rate", "grad_norm")
+    }
 
 
 def training_workers(driver_pid: int) -> list[psutil.Process]:
     """Training workers of the Ray that this driver started, and of no other."""
     children = psutil.Process(driver_pid).children(recursive=True)
-    return [process for process in children if "TrainWorker" in process.name() + " ".join(process.cmdline())]
+    return [
+        process
+        for process in children
+        if "TrainWorker" in process.name() + " ".join(process.cmdline())
+    ]

@@ -18,13 +18,22 @@ from longrope2_ray.storage.rundir import RunDir
 GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
 TARGET_LENGTH = 1024
 NUM_SAMPLES = 4
-NUM_TOKENS = {name: [7] * NUM_SAMPLES for name in (SEARCH_SET, *map(report_set, (TARGET_LENGTH, 2 * TARGET_LENGTH)))}
-IDENTITY = {"model": "toy", f"needles {SEARCH_SET}": "a", f"needles {report_set(TARGET_LENGTH)}": "b"}
+NUM_TOKENS = {
+    name: [7] * NUM_SAMPLES
+    for name in (SEARCH_SET, *map(report_set, (TARGET_LENGTH, 2 * TARGET_LENGTH)))
+}
+IDENTITY = {
+    "model": "toy",
+    f"needles {SEARCH_SET}": "a",
+    f"needles {report_set(TARGET_LENGTH)}": "b",
+}
 
 Nll = Callable[[Unit], float | None]
 
 
-def toy_recipe(report: Mapping[str, Any] | None = None, look_ahead: bool = True, **search: Any) -> Recipe:
+def toy_recipe(
+    report: Mapping[str, Any] | None = None, look_ahead: bool = True, **search: Any
+) -> Recipe:
     """A search of seconds over the toy; ``search`` overrides its fields."""
     small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_children": 6}
     return Recipe(
@@ -111,13 +120,22 @@ class ToyScorers:
         nll = self._nll(unit)
         self.scored.append(unit.key)
         finite = nll is not None and math.isfinite(nll)
-        return Score(*unit.key, nll if finite else None, 7, bool(finite and nll < 0.5), 0.01 * len(self.scored), "toy")
+        return Score(
+            *unit.key,
+            nll if finite else None,
+            7,
+            bool(finite and nll < 0.5),
+            0.01 * len(self.scored),
+            "toy",
+        )
 
     def _straggles(self, unit: Unit) -> bool:
         return random.Random(repr(unit.key)).random() < self._stragglers
 
 
-def toy_run(recipe: Recipe, run_dir: RunDir, scorers: ToyScorers, observers: Sequence[Observer] = ()) -> SearchRun:
+def toy_run(
+    recipe: Recipe, run_dir: RunDir, scorers: ToyScorers, observers: Sequence[Observer] = ()
+) -> SearchRun:
     """A search run over the toy; a second one on the same directory resumes the first."""
     run_dir.create()
     return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY, observers)

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(arguments, "overrides_allowed", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     logging.getLogger("longrope2").setLevel(logging.INFO)
     try:
         if rest:
@@ -64,36 +66,60 @@ def _require_recipe_first(words: Sequence[str], recipe: str, overrides: Sequence
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longrope2", description="Extend a model's context window with LongRoPE2.")
+    parser = argparse.ArgumentParser(
+        prog="longrope2", description="Extend a model's context window with LongRoPE2."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, help: str, recipe: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Any, help: str, recipe: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(command=function, overrides_allowed=recipe)
         if recipe:
             sub.add_argument(
-                "recipe", help="recipe file, or the name of a shipped one; --section.field VALUE after it overrides it"
+                "recipe",
+                help="recipe file, or the name of a shipped one; --section.field VALUE after it overrides it",
             )
         return sub
 
     search = command("search", _search, "Search for the factors; run again to resume.")
     search.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
-    search.add_argument("--dashboard", action="store_true", help="start Ray's dashboard on this machine")
+    search.add_argument(
+        "--dashboard", action="store_true", help="start Ray's dashboard on this machine"
+    )
 
-    train = command("train", _train, "Train with mixed context windows from the winning factors; run again to resume.")
-    train.add_argument("--run-dir", help="directory or URL of the search and the data (default runs/<recipe name>)")
-    train.add_argument("--dashboard", action="store_true", help="start Ray's dashboard on this machine")
+    train = command(
+        "train",
+        _train,
+        "Train with mixed context windows from the winning factors; run again to resume.",
+    )
+    train.add_argument(
+        "--run-dir", help="directory or URL of the search and the data (default runs/<recipe name>)"
+    )
+    train.add_argument(
+        "--dashboard", action="store_true", help="start Ray's dashboard on this machine"
+    )
 
     plan = command("plan", _plan, "Say what a search will cost, without loading a model.")
     plan.add_argument("--accelerator", default="h100")
-    plan.add_argument("--utilisation", type=float, default=0.4, help="share of the accelerator's peak that is reached")
+    plan.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of the accelerator's peak that is reached",
+    )
     plan.add_argument("--json", action="store_true")
 
     factors = command("factors", _factors, "Print a method's factor vector.", recipe=False)
     factors.add_argument("--method", required=True)
-    factors.add_argument("--model", help="take the geometry from this model instead; --original-length overrides it")
+    factors.add_argument(
+        "--model", help="take the geometry from this model instead; --original-length overrides it"
+    )
     factors.add_argument("--head-dim", type=int)
-    factors.add_argument("--rotary-dim", type=int, help="rotated dimensions of a head, head-dim unless given")
+    factors.add_argument(
+        "--rotary-dim", type=int, help="rotated dimensions of a head, head-dim unless given"
+    )
     factors.add_argument("--base", type=float)
     factors.add_argument("--original-length", type=int)
     factors.add_argument("--target-length", type=int, required=True)
@@ -103,25 +129,47 @@ def _parser() -> argparse.ArgumentParser:
 
     score = command("score", _score, "Score one factor vector on a recipe's needles.")
     score.add_argument(
-        "--factors", required=True, help="JSON list, winner.json, HF config with long_factor, or a method"
+        "--factors",
+        required=True,
+        help="JSON list, winner.json, HF config with long_factor, or a method",
     )
-    score.add_argument("--set", choices=("search", "report"), default="report", help="which needles (held-out: report)")
-    score.add_argument("--attention-factor", help="a number, su or yarn (default: the vector's own)")
-    score.add_argument("--json", action="store_true", help="one JSON object for each needle set, a line each")
+    score.add_argument(
+        "--set",
+        choices=("search", "report"),
+        default="report",
+        help="which needles (held-out: report)",
+    )
+    score.add_argument(
+        "--attention-factor", help="a number, su or yarn (default: the vector's own)"
+    )
+    score.add_argument(
+        "--json", action="store_true", help="one JSON object for each needle set, a line each"
+    )
 
-    data = command("data", _data, "Make training data: tokenise, choose and pack documents; run again to resume.")
+    data = command(
+        "data",
+        _data,
+        "Make training data: tokenise, choose and pack documents; run again to resume.",
+    )
     data.add_argument("--run-dir", help="directory or URL (default runs/<recipe name>)")
 
     report = command("report", _report, "Write report.html and figures of a run.", recipe=False)
     report.add_argument("run_dir")
 
-    monitor = command("monitor", _monitor, "Show where a run stands, until it is finished.", recipe=False)
+    monitor = command(
+        "monitor", _monitor, "Show where a run stands, until it is finished.", recipe=False
+    )
     monitor.add_argument("run_dir", help="directory or URL")
     monitor.add_argument("--once", action="store_true", help="print it once")
-    monitor.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    monitor.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)"
+    )
 
     fields = command(
-        "recipe", _recipe, "Print the recipe reference: every field, its default and meaning.", recipe=False
+        "recipe",
+        _recipe,
+        "Print the recipe reference: every field, its default and meaning.",
+        recipe=False,
     )
     fields.set_defaults(overrides_allowed=False)
     return parser
@@ -181,7 +229,9 @@ def _train(arguments: argparse.Namespace) -> int:
     job, train_dir, resumed = prepare_training(recipe, run_dir)
     result = train_dir.read_or_skip("result.json")
     if result is not None:
-        print(f"{train_dir.path / MODEL_FOLDER}: trained for {result['step']} steps, loss {result['loss']:.4f}")
+        print(
+            f"{train_dir.path / MODEL_FOLDER}: trained for {result['step']} steps, loss {result['loss']:.4f}"
+        )
         print(f"{train_dir.url} holds this finished training; nothing was changed")
         return 0
     if resumed:
@@ -234,7 +284,9 @@ def _factors(arguments: argparse.Namespace) -> None:
         geometry,
         arguments.target_length,
         critical_dim=arguments.critical_dim,
-        attention_factor=_temperature(arguments.attention_factor, geometry, arguments.target_length),
+        attention_factor=_temperature(
+            arguments.attention_factor, geometry, arguments.target_length
+        ),
     )
     _say_what_longrope2_is(arguments.method)
     body = {
@@ -252,7 +304,9 @@ def _factors(arguments: argparse.Namespace) -> None:
     print(f"{arguments.method}: critical dimension {vector.critical_dim}, theoretical {geometry.theoretical_critical_dim}, "
           f"ten-period {geometry.ten_period_dim}, attention factor {vector.attention_factor:.6g}")  # fmt: skip
     print(f"{'dim':>4} {'period (tokens)':>16} {'factor':>12}")
-    for dim, (period, factor) in enumerate(zip(geometry.periods_tokens, vector.values, strict=True)):
+    for dim, (period, factor) in enumerate(
+        zip(geometry.periods_tokens, vector.values, strict=True)
+    ):
         print(f"{dim:>4} {period:>16.1f} {factor:>12.6g}")
 
 
@@ -266,14 +320,20 @@ def _geometry(arguments: argparse.Namespace) -> RopeGeometry:
     if arguments.model:
         for name in ("head_dim", "rotary_dim", "base"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')}: expected none beside --model, which has its own")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected none beside --model, which has its own"
+                )
         from longrope2_ray.model.spec import read_spec
 
-        geometry: RopeGeometry = read_spec(arguments.model, original_length=arguments.original_length).geometry
+        geometry: RopeGeometry = read_spec(
+            arguments.model, original_length=arguments.original_length
+        ).geometry
         return geometry
     for name in ("head_dim", "base", "original_length"):
         if getattr(arguments, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')}: missing; give it, or --model to read it from a model")
+            raise ValueError(
+                f"--{name.replace('_', '-')}: missing; give it, or --model to read it from a model"
+            )
     rotary = arguments.head_dim if arguments.rotary_dim is None else arguments.rotary_dim
     return RopeGeometry(arguments.head_dim, rotary, arguments.base, arguments.original_length)
 
@@ -283,7 +343,10 @@ def _temperature(text: str, geometry: RopeGeometry, target_length: int) -> float
     from longrope2_ray.rope.baselines import su_attention_factor, yarn_attention_factor
 
     ratio = max(target_length / geometry.original_length, 1.0)
-    rules = {"su": su_attention_factor(ratio, geometry.original_length), "yarn": yarn_attention_factor(ratio)}
+    rules = {
+        "su": su_attention_factor(ratio, geometry.original_length),
+        "yarn": yarn_attention_factor(ratio),
+    }
     with suppress(ValueError):
         number = rules[text] if text in rules else float(text)
         if 0 < number < math.inf:
@@ -324,12 +387,17 @@ def _score(arguments: argparse.Namespace) -> None:
     else:
         lengths = {report_set(length): length for length in recipe.report.lengths or [length]}
     vectors = {
-        name: given or baseline(arguments.factors, geometry, rescaled_length(at, length, geometry.original_length))
+        name: given
+        or baseline(
+            arguments.factors, geometry, rescaled_length(at, length, geometry.original_length)
+        )
         for name, at in lengths.items()
     }
     if arguments.attention_factor is not None:
         number = _temperature(arguments.attention_factor, geometry, length)
-        vectors = {name: replace(vector, attention_factor=number) for name, vector in vectors.items()}
+        vectors = {
+            name: replace(vector, attention_factor=number) for name, vector in vectors.items()
+        }
     _say_what_longrope2_is(arguments.factors)
     with ray_session():
         results = search_job.score_vectors(prepared, vectors)
@@ -367,7 +435,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
     run_dir = RunDir(arguments.run_dir)
     if run_dir.read_json("run.json") is None:
-        raise ValueError(f"RUN_DIR: expected the directory of a run, got {arguments.run_dir!r}, which has no run.json")
+        raise ValueError(
+            f"RUN_DIR: expected the directory of a run, got {arguments.run_dir!r}, which has no run.json"
+        )
     for path in write_report(run_dir):
         print(path)
 

@@ -17,13 +17,21 @@ from longrope2_ray.tasks.books import resolve_text_paths
 _JSON, _PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
 
 
-_KNOWN = (*_JSON, _PARQUET, ".txt", ".md")  # what is taken from a directory; any other file named is text
+_KNOWN = (
+    *_JSON,
+    _PARQUET,
+    ".txt",
+    ".md",
+)  # what is taken from a directory; any other file named is text
 
 
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 
 
-_HUB, _HUB_FILES = "hf://", "hf://datasets/"  # a data set, read by huggingface datasets; a file in one, by fsspec
+_HUB, _HUB_FILES = (
+    "hf://",
+    "hf://datasets/",
+)  # a data set, read by huggingface datasets; a file in one, by fsspec
 
 
 def find_files(source: SourceSection) -> list[tuple[str, int]]:
@@ -37,7 +45,8 @@ def find_files(source: SourceSection) -> list[tuple[str, int]]:
         try:
             if path.startswith(BUNDLED_PREFIX):
                 infos: Any = {
-                    f.as_uri(): {"type": "file", "size": f.stat().st_size} for f in resolve_text_paths([path])
+                    f.as_uri(): {"type": "file", "size": f.stat().st_size}
+                    for f in resolve_text_paths([path])
                 }
                 filesystem: Any = fsspec.filesystem("file")
             else:
@@ -45,12 +54,22 @@ def find_files(source: SourceSection) -> list[tuple[str, int]]:
                 if filesystem.isfile(root):
                     infos = {root: filesystem.info(root)}
                 elif filesystem.isdir(root):
-                    infos = {f: i for f, i in filesystem.find(root, detail=True).items() if _suffix(f) in _KNOWN}
+                    infos = {
+                        f: i
+                        for f, i in filesystem.find(root, detail=True).items()
+                        if _suffix(f) in _KNOWN
+                    }
                 else:
                     infos = filesystem.glob(root, detail=True)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"data.sources.{source.name}.path: cannot read {path!r}: {error}") from error
-        infos = {filesystem.unstrip_protocol(f): i["size"] for f, i in sorted(infos.items()) if i["type"] == "file"}
+            raise ValueError(
+                f"data.sources.{source.name}.path: cannot read {path!r}: {error}"
+            ) from error
+        infos = {
+            filesystem.unstrip_protocol(f): i["size"]
+            for f, i in sorted(infos.items())
+            if i["type"] == "file"
+        }
         if not infos:
             raise ValueError(
                 f"data.sources.{source.name}.path: expected a file, a directory, a glob, a URL or hf://<dataset id>, "
@@ -98,7 +117,11 @@ def read_documents(source: SourceSection, url: str) -> Iterator[str]:
         else:
             with fsspec.open(url, "rt", encoding="utf-8", compression="infer") as file:
                 if _suffix(url) in _JSON:
-                    yield from (_field(json.loads(line), source, n) for n, line in enumerate(file, 1) if line.strip())
+                    yield from (
+                        _field(json.loads(line), source, n)
+                        for n, line in enumerate(file, 1)
+                        if line.strip()
+                    )
                 else:
                     yield from _split(file, source.split)
     except (OSError, EOFError, ValueError, ImportError, lzma.LZMAError, zlib.error) as error:
@@ -111,8 +134,12 @@ def _field(row: Any, source: SourceSection, number: int) -> str:
         raise ValueError(f"field: expected {source.field!r} in row {number}, got {names}")
     text = row[source.field]
     if not isinstance(text, str | None):
-        raise ValueError(f"field: expected text in {source.field!r} of row {number}, got {type(text).__name__}")
-    return (text or "").encode("utf-8", "replace").decode()  # JSON may hold halves of a character, tokenizers refuse
+        raise ValueError(
+            f"field: expected text in {source.field!r} of row {number}, got {type(text).__name__}"
+        )
+    return (
+        (text or "").encode("utf-8", "replace").decode()
+    )  # JSON may hold halves of a character, tokenizers refuse
 
 
 def _split(lines: Iterable[str], split: str) -> Iterator[str]:

@@ -28,7 +28,13 @@ from ray.exceptions import RayError
 from longrope2_ray.data.documents import find_files, read_documents
 from longrope2_ray.data.packing import Packed, Segment, pack
 from longrope2_ray.data.quotas import Taken, band_of, check_bands, quotas_of, select, windows_of
-from longrope2_ray.data.shards import MANIFEST, content_digest, rows_per_group, segments_to_parquet, shard_name
+from longrope2_ray.data.shards import (
+    MANIFEST,
+    content_digest,
+    rows_per_group,
+    segments_to_parquet,
+    shard_name,
+)
 from longrope2_ray.errors import RunDirError
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.sections import ModelSection
@@ -41,7 +47,9 @@ SETTINGS = "data/settings.json"
 _CHUNK_CHARACTERS = 1 << 20
 
 
-_FEW_FILES = 64  # up to so many, a shuffle in tasks beats Ray Data's hash shuffle, which takes 15 s to start
+_FEW_FILES = (
+    64  # up to so many, a shuffle in tasks beats Ray Data's hash shuffle, which takes 15 s to start
+)
 
 
 _TOKENS = pa.schema(
@@ -104,21 +112,32 @@ def prepare_data(recipe: Recipe, run_url: str) -> DataPlan:
     data, model, length = recipe.data, recipe.model, recipe.search.target_length
     if data is None:
         raise ValueError("data: missing; add a [data] section with sources and bands")
-    original = read_spec(model.path, original_length=model.original_length, **model.reading).original_length
+    original = read_spec(
+        model.path, original_length=model.original_length, **model.reading
+    ).original_length
     if length <= original:
-        raise ValueError(f"search.target_length: expected more than the original length {original}, got {length}")
+        raise ValueError(
+            f"search.target_length: expected more than the original length {original}, got {length}"
+        )
     check_bands(data, length, original)
     found = {source.name: find_files(source) for source in data.sources}
     settings: dict[str, Any] = {"data.seed": data.seed, "data.num_shards": data.num_shards}
     packing: dict[str, Any] = {"search.target_length": length, "model.original_length": original}
     for source in data.sources:
         next(read_documents(source, found[source.name][0][0]), None)
-        names = sorted([url.rsplit("/", 1)[-1] if size else url, size] for url, size in found[source.name])
+        names = sorted(
+            [url.rsplit("/", 1)[-1] if size else url, size] for url, size in found[source.name]
+        )
         settings[f"data.sources.{source.name}.path"] = names
-        settings |= {f"data.sources.{source.name}.{f}": getattr(source, f) for f in ("field", "split", "piece_tokens")}
+        settings |= {
+            f"data.sources.{source.name}.{f}": getattr(source, f)
+            for f in ("field", "split", "piece_tokens")
+        }
         packing[f"data.sources.{source.name}.weight"] = source.weight
     packing["data.bands"] = [band.model_dump() for band in data.bands]
-    settings["tokenizer of model.path"] = _tokenizer_fingerprint(load_tokenizer(model.path, **model.files))
+    settings["tokenizer of model.path"] = _tokenizer_fingerprint(
+        load_tokenizer(model.path, **model.files)
+    )
     if "://" not in run_url:
         run_url = str(Path(run_url).resolve())  # workers may stand elsewhere
     files = {name: [url for url, _ in pairs] for name, pairs in found.items()}
@@ -179,13 +198,17 @@ def build_data(plan: DataPlan) -> dict[str, Any]:
 
 def format_manifest(manifest: dict[str, Any]) -> str:
     """The table for a terminal."""
-    lines = [f"{'up to':>10} {'window':<6} {'source':<20} {'documents':>10} {'tokens':>14} {'quota':>14}"]
+    lines = [
+        f"{'up to':>10} {'window':<6} {'source':<20} {'documents':>10} {'tokens':>14} {'quota':>14}"
+    ]
     lines += [
         f"{r['max_tokens']:>10} {r['window']:<6} {r['source']:<20} {r['documents']:>10} {r['tokens']:>14} {r['quota']:>14}"
         for r in manifest["bands"]
     ]
     for reason, by_source in manifest["dropped"].items():
-        lines.append(f"{reason}: {', '.join(f'{n} of {source}' for source, n in by_source.items())}")
+        lines.append(
+            f"{reason}: {', '.join(f'{n} of {source}' for source, n in by_source.items())}"
+        )
     count, tokens = manifest["num_segments"], manifest["tokens"]
     lines.append(f"{count['short']} short and {count['long']} long segments of {manifest['target_length']} tokens; "
                  f"{tokens['truncated']} tokens cut off, {tokens['left_over']} left over")  # fmt: skip
@@ -209,7 +232,9 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 def _tokenise_all(plan: DataPlan, todo: Sequence[int]) -> Iterator[int]:
     units = [{"source": source, "url": url} for source, urls in plan.files.items() for url in urls]
     if len(units) <= _FEW_FILES:
-        ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+        ray.data.DataContext.get_current().shuffle_strategy = (
+            ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+        )
     tokens = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         partial(_tokenise, plan=plan, todo=frozenset(todo)), batch_size=1
     )
@@ -238,15 +263,26 @@ def _tokenise(batch: dict[str, Any], plan: DataPlan, todo: frozenset[int]) -> It
             if not chosen:
                 continue
             encoded = tokenizer(
-                [texts[i] for i in chosen], add_special_tokens=False, split_special_tokens=True, verbose=False
+                [texts[i] for i in chosen],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                verbose=False,
             )
             rows: dict[str, list[Any]] = {field: [] for field in _TOKENS.names}
             for i, ids in zip(chosen, encoded["input_ids"], strict=True):
                 most = sources[str(name)].piece_tokens
                 step = most - len(bos) - len(eos) if most else max(len(ids), 1)
                 for piece, begin in enumerate(range(0, max(len(ids), 1), step)):
-                    document = [*bos, *ids[begin : begin + step], *eos] if ids and texts[i].strip() else []
-                    values = (hashes[i] % plan.data.num_shards, _hash(hashes[i], piece), name, len(document), document)
+                    document = (
+                        [*bos, *ids[begin : begin + step], *eos] if ids and texts[i].strip() else []
+                    )
+                    values = (
+                        hashes[i] % plan.data.num_shards,
+                        _hash(hashes[i], piece),
+                        name,
+                        len(document),
+                        document,
+                    )
                     for column, value in zip(rows.values(), values, strict=True):
                         column.append(value)
             yield pa.table(rows, schema=_TOKENS)
@@ -266,7 +302,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _hash(*parts: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps([str(p) for p in parts]).encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(json.dumps([str(p) for p in parts]).encode(), digest_size=8).digest(), "big"
+    )
 
 
 def _write_group(group: pa.Table, plan: DataPlan) -> pa.Table:
@@ -302,8 +340,15 @@ def _write_tokens(group: pa.Table, plan: DataPlan, shard: int) -> None:
         table["num_tokens"].to_numpy(),
         table["ids"].combine_chunks().flatten().to_numpy(),
     )
-    content = _digest([table["source"].to_pylist(), *(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays)])
-    body = {"made_from": _digest(plan.settings), "content": content, "rows": len(table), "dropped": dropped}
+    content = _digest(
+        [table["source"].to_pylist(), *(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays)]
+    )
+    body = {
+        "made_from": _digest(plan.settings),
+        "content": content,
+        "rows": len(table),
+        "dropped": dropped,
+    }
     _write(plan, "tokens", shard, bytes(sink.getvalue()), body)
 
 
@@ -318,7 +363,9 @@ def _select(plan: DataPlan) -> dict[tuple[int, int], Taken]:
         with (plan.run_dir.path / f"{shard_name('tokens', i)}.parquet").open("rb") as file:
             table = pq.read_table(file, columns=["key", "num_tokens", "source"])
         columns.append((*_labels(table, plan.data), table["num_tokens"].to_numpy()))
-    keys, bands, sources, num_tokens = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    keys, bands, sources, num_tokens = (
+        np.concatenate(parts) for parts in zip(*columns, strict=True)
+    )
     quotas = quotas_of(plan.data.bands, plan.data.sources)
     taken = select(keys, num_tokens, bands, sources, quotas)
     short = [
@@ -334,7 +381,10 @@ def _select(plan: DataPlan) -> dict[tuple[int, int], Taken]:
 
 
 def _pack_all(
-    plan: DataPlan, last_keys: dict[tuple[int, int], int | None], made_from: Sequence[str], todo: Sequence[int]
+    plan: DataPlan,
+    last_keys: dict[tuple[int, int], int | None],
+    made_from: Sequence[str],
+    todo: Sequence[int],
 ) -> Iterator[int]:
     jobs = [{"shard": shard, "made_from": made_from[shard]} for shard in todo]
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs))
@@ -342,14 +392,18 @@ def _pack_all(
     yield from (row["shard"] for row in packed.iter_rows())
 
 
-def _pack_batch(batch: Any, plan: DataPlan, last_keys: dict[tuple[int, int], int | None]) -> Iterator[Any]:
+def _pack_batch(
+    batch: Any, plan: DataPlan, last_keys: dict[tuple[int, int], int | None]
+) -> Iterator[Any]:
     """A generator, since Ray Data gives back the error of one, and of a plain function only that there was one."""
     for shard, made_from in zip(batch["shard"].tolist(), batch["made_from"].tolist(), strict=True):
         _pack_shard(shard, made_from, plan, last_keys)
         yield {"shard": [shard]}
 
 
-def _pack_shard(shard: int, made_from: str, plan: DataPlan, last_keys: dict[tuple[int, int], int | None]) -> None:
+def _pack_shard(
+    shard: int, made_from: str, plan: DataPlan, last_keys: dict[tuple[int, int], int | None]
+) -> None:
     """Pack the chosen documents of one shard of tokens, short segments first."""
     data = plan.data
     with (plan.run_dir.path / f"{shard_name('tokens', shard)}.parquet").open("rb") as file:
@@ -359,7 +413,9 @@ def _pack_shard(shard: int, made_from: str, plan: DataPlan, last_keys: dict[tupl
     offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
     windows = np.array([*windows_of(data.bands, plan.original_length), "none"])[bands]
     chosen = np.zeros(len(keys), dtype=bool)
-    reasons = np.where(bands == len(data.bands), "longer than every band", "source not in band").astype(object)
+    reasons = np.where(
+        bands == len(data.bands), "longer than every band", "source not in band"
+    ).astype(object)
     for (band, source), last in last_keys.items():
         mine = (bands == band) & (sources == source)
         reasons[mine] = "beyond the quota"
@@ -370,7 +426,10 @@ def _pack_shard(shard: int, made_from: str, plan: DataPlan, last_keys: dict[tupl
         dropped.setdefault(reason, Counter())[data.sources[source].name] += 1
 
     def packed(window: Any) -> Packed:
-        documents = (values[offsets[i] : offsets[i + 1]] for i in np.flatnonzero(chosen & (windows == window)))
+        documents = (
+            values[offsets[i] : offsets[i + 1]]
+            for i in np.flatnonzero(chosen & (windows == window))
+        )
         return pack(documents, window, plan.length, plan.original_length)
 
     short, long = packed("short"), packed("long")
@@ -391,11 +450,18 @@ def _pack_shard(shard: int, made_from: str, plan: DataPlan, last_keys: dict[tupl
 def _labels(table: pa.Table, data: DataSection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Key, band and source of every row."""
     sources = pc.index_in(table["source"], pa.array([source.name for source in data.sources]))
-    return table["key"].to_numpy(), band_of(table["num_tokens"].to_numpy(), data.bands), sources.to_numpy()
+    return (
+        table["key"].to_numpy(),
+        band_of(table["num_tokens"].to_numpy(), data.bands),
+        sources.to_numpy(),
+    )
 
 
 def _manifest(
-    plan: DataPlan, taken: dict[tuple[int, int], Taken], tokens: list[dict[str, Any]], segments: list[dict[str, Any]]
+    plan: DataPlan,
+    taken: dict[tuple[int, int], Taken],
+    tokens: list[dict[str, Any]],
+    segments: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything in it follows from the documents and the settings: no times, no paths."""
     windows = windows_of(plan.data.bands, plan.original_length)
@@ -418,15 +484,20 @@ def _manifest(
         "original_length": plan.original_length,
         "rows_per_group": rows_per_group(plan.length),
         "bands": bands,
-        "dropped": {reason: by_source for reason, by_source in sorted(dropped.items()) if by_source},
-        "documents_read": sum(t.documents for t in taken.values()) + sum(c.total() for c in dropped.values()),
+        "dropped": {
+            reason: by_source for reason, by_source in sorted(dropped.items()) if by_source
+        },
+        "documents_read": sum(t.documents for t in taken.values())
+        + sum(c.total() for c in dropped.values()),
         "tokens": {
             "chosen": sum(t.tokens for t in taken.values()),
             "packed": plan.length * sum(shard["rows"] for shard in segments),
             "truncated": sum(shard["truncated"] for shard in segments),
             "left_over": sum(shard["left_over"] for shard in segments),
         },
-        "num_segments": {window: sum(shard[window] for shard in segments) for window in ("short", "long")},
+        "num_segments": {
+            window: sum(shard[window] for shard in segments) for window in ("short", "long")
+        },
         "shards": [
             {"name": shard_name("segments", i), **{name: shard[name] for name in names}}
             for i, shard in enumerate(segments)
@@ -434,14 +505,20 @@ def _manifest(
     }
 
 
-def _make(kind: Kind, plan: DataPlan, made_from: Sequence[str], run: Callable[[list[int]], Iterator[int]]) -> list[Any]:
+def _make(
+    kind: Kind, plan: DataPlan, made_from: Sequence[str], run: Callable[[list[int]], Iterator[int]]
+) -> list[Any]:
     """What is known of every shard of a kind, after ``run`` has made those that are not whole."""
 
     def whole(shard: int) -> dict[str, Any] | None:
         body = plan.run_dir.read_or_skip(f"{shard_name(kind, shard)}.json")
         if body is None or body["made_from"] != made_from[shard]:
             return None
-        return body if _file_checksum(plan.run_dir, shard_name(kind, shard)) == body["checksum"] else None
+        return (
+            body
+            if _file_checksum(plan.run_dir, shard_name(kind, shard)) == body["checksum"]
+            else None
+        )
 
     shards = range(plan.data.num_shards)
     found = _each(whole, shards)
@@ -450,12 +527,17 @@ def _make(kind: Kind, plan: DataPlan, made_from: Sequence[str], run: Callable[[l
         print(f"{kind}: making {len(todo)} of {len(shards)} shards", file=sys.stderr, flush=True)
         try:
             for done, _ in enumerate(run(todo), 1):
-                print(f"\r{kind}: {done} of {len(todo)} shards", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r{kind}: {done} of {len(todo)} shards", end="", file=sys.stderr, flush=True
+                )
         except RayError as error:
             raise _users_mistake(error) or error from None
         finally:
             print(file=sys.stderr)
-    return [found[shard] or plan.run_dir.read_or_skip(f"{shard_name(kind, shard)}.json") for shard in shards]
+    return [
+        found[shard] or plan.run_dir.read_or_skip(f"{shard_name(kind, shard)}.json")
+        for shard in shards
+    ]
 
 
 def _users_mistake(error: BaseException) -> ValueError | None:
@@ -463,7 +545,11 @@ def _users_mistake(error: BaseException) -> ValueError | None:
     inner: BaseException | None = error
     while isinstance(inner, RayError):
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return ValueError(str(inner).split("\nFailed to apply UDF")[0]) if isinstance(inner, ValueError) else None
+    return (
+        ValueError(str(inner).split("\nFailed to apply UDF")[0])
+        if isinstance(inner, ValueError)
+        else None
+    )
 
 
 def _write(plan: DataPlan, kind: Kind, shard: int, content: bytes, body: dict[str, Any]) -> None:

@@ -33,7 +33,9 @@ class Packed:
     left_over_tokens: int
 
 
-def pack(documents: Iterable[np.ndarray], window: Window, length: int, original_length: int) -> Packed:
+def pack(
+    documents: Iterable[np.ndarray], window: Window, length: int, original_length: int
+) -> Packed:
     """Concatenate documents, in their order, into segments of exactly ``length`` tokens.
 
     A document that crosses a segment's end is cut there. Its rest is dropped, except that in the long window a rest of
@@ -47,7 +49,9 @@ def pack(documents: Iterable[np.ndarray], window: Window, length: int, original_
     filled = truncated = 0
     for document in documents:
         if (len(document) <= original_length) != (window == "short"):
-            raise ValueError(f"documents: expected those of the {window} window, got one of {len(document)} tokens")
+            raise ValueError(
+                f"documents: expected those of the {window} window, got one of {len(document)} tokens"
+            )
         rest = document
         while len(rest):
             part, rest = rest[: length - filled], rest[length - filled :]

@@ -35,7 +35,9 @@ def check_bands(data: DataSection, length: int, original_length: int) -> None:
     """
     windows = windows_of(data.bands, original_length)
     for window in dict.fromkeys(windows):
-        tokens = sum(band.tokens for band, its in zip(data.bands, windows, strict=True) if its == window)
+        tokens = sum(
+            band.tokens for band, its in zip(data.bands, windows, strict=True) if its == window
+        )
         if tokens < length * data.num_shards:
             raise ValueError(
                 f"data.num_shards: expected at most {tokens // length}, so that each shard holds a segment of {length} "
@@ -45,16 +47,22 @@ def check_bands(data: DataSection, length: int, original_length: int) -> None:
 
 def band_of(num_tokens: np.ndarray, bands: Sequence[BandSection]) -> np.ndarray:
     """(N,) band of each document by its length; ``len(bands)`` if it is longer than every band."""
-    found: np.ndarray = np.searchsorted([band.max_tokens for band in bands], num_tokens, side="left")
+    found: np.ndarray = np.searchsorted(
+        [band.max_tokens for band in bands], num_tokens, side="left"
+    )
     return found
 
 
-def quotas_of(bands: Sequence[BandSection], sources: Sequence[SourceSection]) -> dict[tuple[int, int], int]:
+def quotas_of(
+    bands: Sequence[BandSection], sources: Sequence[SourceSection]
+) -> dict[tuple[int, int], int]:
     """(band, source) -> tokens to take: the band's tokens, shared by weight among its sources."""
     quotas = {}
     for b, band in enumerate(bands):
         shares = {
-            s: source.weight for s, source in enumerate(sources) if not band.sources or source.name in band.sources
+            s: source.weight
+            for s, source in enumerate(sources)
+            if not band.sources or source.name in band.sources
         }
         total = math.fsum(shares.values())
         quotas.update({(b, s): round(band.tokens * share / total) for s, share in shares.items()})
@@ -103,7 +111,9 @@ def select(
         mine = np.flatnonzero((bands == band) & (sources == source))
         mine = mine[np.argsort(keys[mine])]
         tokens = np.cumsum(num_tokens[mine], dtype=np.int64)
-        count = min(int(np.searchsorted(tokens, quota, side="left")) + 1, len(mine)) if quota > 0 else 0
+        count = (
+            min(int(np.searchsorted(tokens, quota, side="left")) + 1, len(mine)) if quota > 0 else 0
+        )
         last = int(keys[mine[count - 1]]) if count else None
         taken[band, source] = Taken(count, int(tokens[count - 1]) if count else 0, quota, last)
     return taken

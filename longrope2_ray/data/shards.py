@@ -41,7 +41,13 @@ def segments_to_parquet(segments: Sequence[Segment], length: int) -> bytes:
         }
     )
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=rows_per_group(length), compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=rows_per_group(length),
+        compression="zstd",
+        write_page_checksum=True,
+    )
     return bytes(sink.getvalue())
 
 
@@ -74,7 +80,9 @@ class SegmentReader:
         run_dir = run if isinstance(run, RunDir) else RunDir(run)
         manifest = run_dir.read_json(MANIFEST)
         if manifest is None:
-            raise ValueError(f"--run-dir: expected training data in {run_dir.url}, got none; run longrope2 data first")
+            raise ValueError(
+                f"--run-dir: expected training data in {run_dir.url}, got none; run longrope2 data first"
+            )
         self.manifest: dict[str, Any] = manifest
         self.fingerprint: str = manifest["fingerprint"]
         kinds: tuple[Window, ...] = ("short", "long")
@@ -105,22 +113,31 @@ class SegmentReader:
         input_ids, cu_seqlens = patiently(read, f"read {path}", self._run_dir.patience_seconds)
         return Segment(input_ids.astype(np.int64), cu_seqlens.astype(np.int32), self.windows[index])
 
-    def _read(self, path: Any, shard: int, group: int, within: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(
+        self, path: Any, shard: int, group: int, within: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(T,) ids and the bounds of their documents: one row of one row group."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with path.open("rb") as file:
-                parquet = pq.ParquetFile(file, metadata=self._footers.get(shard), page_checksum_verification=True)
+                parquet = pq.ParquetFile(
+                    file, metadata=self._footers.get(shard), page_checksum_verification=True
+                )
                 self._footers[shard] = parquet.metadata
                 found = parquet.read_row_group(group).slice(within, 1)
         except (OSError, pa.ArrowInvalid) as error:
-            away = isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None)
+            away = isinstance(error, (ConnectionError, TimeoutError)) or getattr(
+                error, "errno", None
+            )
             if away and not isinstance(error, FileNotFoundError):
                 raise  # no fault of the shard: what Arrow finds in it has no number
-            raise ValueError(f"{path}: expected a whole shard, got: {error}; run longrope2 data again") from error
+            raise ValueError(
+                f"{path}: expected a whole shard, got: {error}; run longrope2 data again"
+            ) from error
         input_ids, cu_seqlens = (
-            found[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "cu_seqlens")
+            found[name].combine_chunks().flatten().to_numpy()
+            for name in ("input_ids", "cu_seqlens")
         )
         return input_ids, cu_seqlens

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def extended_config(
-    config: "PreTrainedConfig", spec: ModelSpec, factors: RescaleFactors, target_length: int, mixed: bool = True
+    config: "PreTrainedConfig",
+    spec: ModelSpec,
+    factors: RescaleFactors,
+    target_length: int,
+    mixed: bool = True,
 ) -> "PreTrainedConfig":
     """A copy of the base model's config with both windows in it.
 
@@ -39,7 +43,11 @@ def extended_config(
     inner = rope.get("full_attention", rope)
     values = factors.values.tolist()
     inner = {
-        **{key: value for key, value in inner.items() if key in ("rope_theta", "partial_rotary_factor")},
+        **{
+            key: value
+            for key, value in inner.items()
+            if key in ("rope_theta", "partial_rotary_factor")
+        },
         "rope_type": "longrope",
         "short_factor": [1.0] * len(values) if mixed else values,
         "long_factor": values,
@@ -51,7 +59,9 @@ def extended_config(
     }
     text.rope_parameters = {**rope, "full_attention": inner} if "full_attention" in rope else inner
     text.max_position_embeddings = target_length
-    if hasattr(text, "original_max_position_embeddings"):  # Phi-3's, which transformers believes before the RoPE's own
+    if hasattr(
+        text, "original_max_position_embeddings"
+    ):  # Phi-3's, which transformers believes before the RoPE's own
         text.original_max_position_embeddings = spec.original_length
     return config
 
@@ -78,7 +88,9 @@ def save_extended(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict({name: weights.pop(name).to(dtype) for name in list(weights)}, assign=True)
+    model.load_state_dict(
+        {name: weights.pop(name).to(dtype) for name in list(weights)}, assign=True
+    )
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation

@@ -59,14 +59,22 @@ def banded_attention(
             mask &= seen > at - window
         rows = query[:, :, first:last].reshape(batch, num_kv_heads, groups * (last - first), -1)
         block = nn.functional.scaled_dot_product_attention(
-            rows, key[:, :, low:high], value[:, :, low:high], attn_mask=mask.repeat(groups, 1), scale=scaling
+            rows,
+            key[:, :, low:high],
+            value[:, :, low:high],
+            attn_mask=mask.repeat(groups, 1),
+            scale=scaling,
         )
         out[:, :, first:last] = block.reshape(batch, num_heads, last - first, -1)
     return out
 
 
 def _flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """flash-attn's kernel: causal, aligned to the last key where there are fewer queries; (B, Q, H, E)."""
     from flash_attn import flash_attn_func

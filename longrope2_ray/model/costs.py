@@ -114,7 +114,11 @@ def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
         "mlp chunk": float(size * 3 * chunk * shape.intermediate_size),
         "logits": float(4 * ANSWER_TOKENS * shape.vocab_size),
     }
-    return {**parts, "total": sum(parts.values()), "full logits (avoided)": float(size) * length * shape.vocab_size}
+    return {
+        **parts,
+        "total": sum(parts.values()),
+        "full logits (avoided)": float(size) * length * shape.vocab_size,
+    }
 
 
 def gpu_memory_bytes(shape: Shape, recipe: Recipe) -> float:
@@ -139,9 +143,13 @@ def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dic
     gathered = 2 * one + embeddings  # this layer, the next one, and what stays gathered
     parts = {
         "weights, gradients, AdamW": 16.0 * num_parameters(shape) / num_workers,
-        "gathered weights": float((size + 4) * gathered),  # and their gradients in float32 before they are reduced
+        "gathered weights": float(
+            (size + 4) * gathered
+        ),  # and their gradients in float32 before they are reduced
         "activations": float(saved * shape.num_layers),
         "one layer": float(layer),
-        "logits": float((size + 2 * 4) * min(tokens, settings.loss_chunk_tokens) * shape.vocab_size),
+        "logits": float(
+            (size + 2 * 4) * min(tokens, settings.loss_chunk_tokens) * shape.vocab_size
+        ),
     }
     return {**parts, "total": sum(parts.values())}

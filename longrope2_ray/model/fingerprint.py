@@ -23,7 +23,9 @@ def model_fingerprint(path: str, gguf_file: str | None = None, revision: str | N
     folder = Path(location)
     if folder.is_dir():
         weights = (
-            [folder / gguf] if gguf else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+            [folder / gguf]
+            if gguf
+            else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         )
         if not gguf:
             digest.update((folder / "config.json").read_bytes())

@@ -19,7 +19,9 @@ log = logging.getLogger("longrope2")
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 
 
-def load_tokenizer(path: str, gguf_file: str | None = None, revision: str | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str, gguf_file: str | None = None, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
     """The model's tokenizer.
 
     Raises:
@@ -32,7 +34,9 @@ def load_tokenizer(path: str, gguf_file: str | None = None, revision: str | None
         return AutoTokenizer.from_pretrained(location, **_where(gguf, revision))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.path: expected a tokenizer beside the model, got {path!r}: {reason}") from error
+        raise ValueError(
+            f"model.path: expected a tokenizer beside the model, got {path!r}: {reason}"
+        ) from error
 
 
 def load_generation_config(
@@ -50,7 +54,11 @@ def load_generation_config(
     except OSError:
         return None
     except ValueError as error:
-        log.warning("the generation_config.json of %s is left out: %s", path, str(error).strip().split("\n")[0])
+        log.warning(
+            "the generation_config.json of %s is left out: %s",
+            path,
+            str(error).strip().split("\n")[0],
+        )
         return None
     return found
 
@@ -79,10 +87,14 @@ def check_attention(attention: str, device: str) -> None:
         ValueError: if the name is unknown, or flash-attn is asked for and absent, or meant for a CPU.
     """
     if attention not in ATTENTIONS:
-        raise ValueError(f"model.attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        raise ValueError(
+            f"model.attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}"
+        )
     if attention == "flash_attention_2":
         if device == "cpu":
-            raise ValueError("model.attention: expected 'sdpa' or 'eager' on a CPU, got 'flash_attention_2'")
+            raise ValueError(
+                "model.attention: expected 'sdpa' or 'eager' on a CPU, got 'flash_attention_2'"
+            )
         if importlib.util.find_spec("flash_attn") is None:
             raise ValueError(
                 "model.attention: expected the package flash-attn for 'flash_attention_2', got none; "
@@ -112,7 +124,9 @@ def require_loadable(
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if attention == "flash_attention_2" and dtype == "float32":
-        raise ValueError("model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'")
+        raise ValueError(
+            "model.dtype: expected 'bfloat16' or 'float16' with flash_attention_2, got 'float32'"
+        )
     config = read_config(path, gguf_file, revision, sliding_window)
     _check_kernel(_skeleton(config, path), attention, path)
     location, gguf = resolve_model_path(path, gguf_file, revision)
@@ -121,13 +135,19 @@ def require_loadable(
         return config
     files = sorted(folder.glob("*.safetensors"))
     if not files and not any(folder.glob("*.bin")):
-        raise ValueError(f"model.path: expected weights (*.safetensors or *.bin), got {path!r}, which has none")
+        raise ValueError(
+            f"model.path: expected weights (*.safetensors or *.bin), got {path!r}, which has none"
+        )
     for file in files:
         try:
-            with safe_open(file, framework="pt"):  # its header, and that the file is as long as it says
+            with safe_open(
+                file, framework="pt"
+            ):  # its header, and that the file is as long as it says
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"model.path: expected whole weights, got {file.name} in {path!r}: {error}") from error
+            raise ValueError(
+                f"model.path: expected whole weights, got {file.name} in {path!r}: {error}"
+            ) from error
     return config
 
 
@@ -170,7 +190,9 @@ def load_model(
         sliding_window=sliding_window,
     )
     if num_gpus > 1 and torch.cuda.device_count() < num_gpus:
-        raise ValueError(f"scorer.gpus_per_scorer: expected {num_gpus} visible GPUs, got {torch.cuda.device_count()}")
+        raise ValueError(
+            f"scorer.gpus_per_scorer: expected {num_gpus} visible GPUs, got {torch.cuda.device_count()}"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     location, gguf = resolve_model_path(path, gguf_file, revision)
@@ -180,15 +202,23 @@ def load_model(
         options["device_map"] = "auto"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True, **options
+            location,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.path: expected weights that can be loaded, got {path!r}: {reason}") from error
+        raise ValueError(
+            f"model.path: expected weights that can be loaded, got {path!r}: {reason}"
+        ) from error
     model, info = loaded
     if info["missing_keys"]:
         # transformers would go on with random values in their place
-        raise ValueError(f"model.path: expected whole weights, got {path!r} without {sorted(info['missing_keys'])[:3]}")
+        raise ValueError(
+            f"model.path: expected whole weights, got {path!r} without {sorted(info['missing_keys'])[:3]}"
+        )
     if gguf:
         # The weights are dequantized by now, but the model still says it is quantized and refuses to be moved or saved.
         model.hf_quantizer = None

@@ -39,7 +39,10 @@ class PinnedRope:
             self._check(module, prefix)
         self._hooks: list[RemovableHandle] = []
         self._original = [
-            (self._float32_buffer(module, prefix).clone(), getattr(module, f"{prefix}attention_scaling"))
+            (
+                self._float32_buffer(module, prefix).clone(),
+                getattr(module, f"{prefix}attention_scaling"),
+            )
             for module, prefix in self._buffers
         ]
 
@@ -78,7 +81,9 @@ class PinnedRope:
             setattr(module, f"{prefix}attention_scaling", scaling)
 
     @contextmanager
-    def pinned(self, values: np.ndarray, attention_factor: float, start_tokens: int = 0) -> Iterator[None]:
+    def pinned(
+        self, values: np.ndarray, attention_factor: float, start_tokens: int = 0
+    ) -> Iterator[None]:
         """Pin for the length of a ``with`` block."""
         self.pin(values, attention_factor, start_tokens)
         try:
@@ -99,7 +104,9 @@ class PinnedRope:
         """Forward hook of a rotary module: its own cos and sin of the original angles where a sequence starts."""
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if not isinstance(tables, tuple) or positions is None:
-            raise ValueError(f"search.start_tokens: expected [0] for {type(module).__name__}, whose tables are its own")
+            raise ValueError(
+                f"search.start_tokens: expected [0] for {type(module).__name__}, whose tables are its own"
+            )
         buffer = self._float32_buffer(module, prefix)
         rescaled = buffer.clone()
         buffer.copy_(original)
@@ -108,7 +115,10 @@ class PinnedRope:
         finally:
             buffer.copy_(rescaled)
         kept = (positions < start_tokens)[..., None]
-        return tuple(torch.where(kept.to(new.device), old, new) for old, new in zip(plain, tables, strict=True))
+        return tuple(
+            torch.where(kept.to(new.device), old, new)
+            for old, new in zip(plain, tables, strict=True)
+        )
 
     def _unhook(self) -> None:
         while self._hooks:
@@ -120,10 +130,14 @@ class PinnedRope:
             rope_type = rope_type["full_attention"]
         if rope_type != "default":
             # Other types recompute the buffer inside forward and would undo what is pinned.
-            raise ValueError(f"model.path: expected RoPE of type 'default', got {rope_type!r}; it can't be pinned")
+            raise ValueError(
+                f"model.path: expected RoPE of type 'default', got {rope_type!r}; it can't be pinned"
+            )
         found = getattr(module, f"{prefix}inv_freq").detach().double().cpu().numpy()
         # 1 % lets through what bfloat16 rounded, and nothing that is another base or another rule.
-        if found.shape != self._angles.shape or not np.allclose(found, self._angles, rtol=1e-2, atol=0):
+        if found.shape != self._angles.shape or not np.allclose(
+            found, self._angles, rtol=1e-2, atol=0
+        ):
             raise ValueError(
                 f"model.path: expected {len(self._angles)} angles base^(-2i/d) in the rotary module, got {len(found)} "
                 "angles that follow another rule; it can't be pinned"

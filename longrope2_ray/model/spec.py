@@ -84,9 +84,16 @@ def read_spec(
     model = _skeleton(config, path)
     what = f"{path!r} ({type(model).__name__})"
     if getattr(text, "kv_lora_rank", None) or getattr(text, "qk_rope_head_dim", None):
-        raise ValueError(f"model.path: expected standard attention, got multi-head latent attention in {what}")
-    if getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", True) is False:
-        raise ValueError(f"model.path: expected a causal language model, got bidirectional attention in {what}")
+        raise ValueError(
+            f"model.path: expected standard attention, got multi-head latent attention in {what}"
+        )
+    if (
+        getattr(text, "use_bidirectional_attention", None)
+        or getattr(text, "is_causal", True) is False
+    ):
+        raise ValueError(
+            f"model.path: expected a causal language model, got bidirectional attention in {what}"
+        )
     buffers = _rotary_buffers(model)
     lengths = {getattr(module, f"{prefix}inv_freq").numel() for module, prefix in buffers}
     if not buffers:
@@ -95,13 +102,18 @@ def read_spec(
             f"got {what}, which has none"
         )
     if len(lengths) != 1:
-        raise ValueError(f"model.path: expected one rotary size in all layers, got {sorted(lengths)} in {what}")
+        raise ValueError(
+            f"model.path: expected one rotary size in all layers, got {sorted(lengths)} in {what}"
+        )
     rope = _unscaled_rope(text, what)
     location, gguf = resolve_model_path(path, gguf_file, revision)
     if gguf and (file := Path(location) / gguf).is_file():
         _require_unscaled_gguf(file, 2 * min(lengths), what)
     # Phi-3's config class has original_max_position_embeddings 4096 even where nobody wrote it: the smaller one counts.
-    lengths_known = [text.max_position_embeddings, getattr(text, "original_max_position_embeddings", None)]
+    lengths_known = [
+        text.max_position_embeddings,
+        getattr(text, "original_max_position_embeddings", None),
+    ]
     length = original_length or min(known for known in lengths_known if known)
     num_heads = text.num_attention_heads
     return ModelSpec(
@@ -136,7 +148,10 @@ def _inner_width(text: Any) -> int:
 
 
 def read_config(
-    path: str, gguf_file: str | None = None, revision: str | None = None, sliding_window: int | None = None
+    path: str,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    sliding_window: int | None = None,
 ) -> "PreTrainedConfig":
     """The model's config, of the base model where it was extended here, with another sliding window if one is given.
 
@@ -177,15 +192,25 @@ def _as_base(config: "PreTrainedConfig") -> "PreTrainedConfig":
     ours = set(short) == {1.0} or short == inner.get("long_factor")
     if inner.get("rope_type") == "longrope" and inner.get("attention_factor") is not None and ours:
         text.max_position_embeddings = inner["original_max_position_embeddings"]
-        kept = {key: value for key, value in inner.items() if key in ("rope_theta", "partial_rotary_factor")}
+        kept = {
+            key: value
+            for key, value in inner.items()
+            if key in ("rope_theta", "partial_rotary_factor")
+        }
         base = {**kept, "rope_type": "default"}
-        text.rope_parameters = {**rope, "full_attention": base} if "full_attention" in rope else base
+        text.rope_parameters = (
+            {**rope, "full_attention": base} if "full_attention" in rope else base
+        )
     return config
 
 
 def _where(gguf: str | None, revision: str | None) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that are set; some loaders do not accept None."""
-    return {key: value for key, value in {"gguf_file": gguf, "revision": revision}.items() if value is not None}
+    return {
+        key: value
+        for key, value in {"gguf_file": gguf, "revision": revision}.items()
+        if value is not None
+    }
 
 
 def _skeleton(config: "PreTrainedConfig", path: str, dtype: str | None = None) -> "PreTrainedModel":
@@ -194,10 +219,14 @@ def _skeleton(config: "PreTrainedConfig", path: str, dtype: str | None = None) -
 
     heads = config.architectures or []
     if heads and not any(name.endswith(_LANGUAGE_HEADS) for name in heads):
-        raise ValueError(f"model.path: expected a causal language model, got {heads[0]} in {path!r}")
+        raise ValueError(
+            f"model.path: expected a causal language model, got {heads[0]} in {path!r}"
+        )
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **({"dtype": DTYPES[dtype]} if dtype else {}))
+            return AutoModelForCausalLM.from_config(
+                config, **({"dtype": DTYPES[dtype]} if dtype else {})
+            )
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -230,7 +259,9 @@ def _unscaled_rope(text: "PreTrainedConfig", what: str) -> dict[str, Any]:
     rope = rope.get("full_attention", rope)
     rope_type = (rope or {}).get("rope_type", "default")
     if not rope or "mrope_section" in rope or rope.get("rope_theta") is None:
-        raise ValueError(f"model.path: expected standard RoPE parameters with a rope_theta, got {rope} in {what}")
+        raise ValueError(
+            f"model.path: expected standard RoPE parameters with a rope_theta, got {rope} in {what}"
+        )
     if rope_type != "default":
         raise ValueError(
             f"model.path: expected RoPE of type 'default', got {rope_type!r} in {what}: this checkpoint was already "
@@ -249,8 +280,15 @@ def _require_unscaled_gguf(file: Path, rotary_dim: int, what: str) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    said = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
-    kind, rotated = said.get("rope.scaling.type", "none"), said.get("rope.dimension_count", rotary_dim)
+    said = {
+        name.split(".", 1)[1]: field.contents()
+        for name, field in reader.fields.items()
+        if ".rope." in name
+    }
+    kind, rotated = (
+        said.get("rope.scaling.type", "none"),
+        said.get("rope.dimension_count", rotary_dim),
+    )
     tables = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
     if kind != "none" or tables:
         raise ValueError(
@@ -269,7 +307,11 @@ def _window_of_every_layer(text: "PreTrainedConfig") -> int | None:
     if not getattr(text, "use_sliding_window", True):
         return None
     layer_types = getattr(text, "layer_types", None)
-    return window if window and (layer_types is None or set(layer_types) == {"sliding_attention"}) else None
+    return (
+        window
+        if window and (layer_types is None or set(layer_types) == {"sliding_attention"})
+        else None
+    )
 
 
 def require_sight(spec: ModelSpec, path: str, target_length: int) -> None:

@@ -29,11 +29,19 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: if there is neither.
     """
-    for path in (Path(name), RECIPES / f"{name}.toml", RECIPES.parent.parent / "jobs" / "recipes" / f"{name}.toml"):
+    for path in (
+        Path(name),
+        RECIPES / f"{name}.toml",
+        RECIPES.parent.parent / "jobs" / "recipes" / f"{name}.toml",
+    ):
         with suppress(OSError):  # a name that is too long for a file's
             if path.is_file():
                 return path
-    shipped = sorted(p.stem for d in (RECIPES, RECIPES.parent.parent / "jobs" / "recipes") for p in d.glob("*.toml"))
+    shipped = sorted(
+        p.stem
+        for d in (RECIPES, RECIPES.parent.parent / "jobs" / "recipes")
+        for p in d.glob("*.toml")
+    )
     raise RecipeError(
         f"recipe: expected a TOML file or one of {', '.join(shipped)}, got {name!r}, which does not exist"
     )
@@ -56,19 +64,26 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe(**_merge(data, _overrides(overrides)))
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _lines(error))) from error
+        raise RecipeError(
+            f"{path}:\n" + "\n".join(f"  {line}" for line in _lines(error))
+        ) from error
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
     names = {name.replace("_", "-") for name in field_names(Recipe)}
     # --search.top_k is --search.top-k
     parts = [argument.partition("=") for argument in arguments]
-    arguments = [(flag.replace("_", "-") if flag.startswith("--") else flag) + eq + value for flag, eq, value in parts]
+    arguments = [
+        (flag.replace("_", "-") if flag.startswith("--") else flag) + eq + value
+        for flag, eq, value in parts
+    ]
     for argument in arguments:
         flag = argument.removeprefix("--").split("=")[0]
         if argument.startswith("--") and flag.replace("_", "-") not in names:
             near = difflib.get_close_matches(flag, names, n=1, cutoff=0.5)
-            raise RecipeError(f"--{flag}: unknown recipe field" + (f"; did you mean --{near[0]}?" if near else ""))
+            raise RecipeError(
+                f"--{flag}: unknown recipe field" + (f"; did you mean --{near[0]}?" if near else "")
+            )
     if not arguments:
         return {}
     try:
@@ -101,7 +116,9 @@ def _lines(error: ValidationError) -> list[str]:
 
 def _explain(error: Any) -> str:
     branches = ("float", "literal[")  # of a union: no part of the field's name
-    location = ".".join(part for part in error["loc"] if isinstance(part, str) and not part.startswith(branches))
+    location = ".".join(
+        part for part in error["loc"] if isinstance(part, str) and not part.startswith(branches)
+    )
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location, list(field_names(Recipe)), n=1, cutoff=0.5)
         return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
@@ -111,6 +128,8 @@ def _explain(error: Any) -> str:
         return f"{location}: expected two numbers, got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":
-        joint = ": " if message.startswith("expected") else "."  # a section's own check names its field
+        joint = (
+            ": " if message.startswith("expected") else "."
+        )  # a section's own check names its field
         return f"{location}{joint}{message}" if location else message
     return f"{location}: {message}, got {error['input']!r}"

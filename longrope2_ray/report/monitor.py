@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-LIFELESS_SECONDS = 60.0  # a driver writes its status every two seconds, but may wait for its storage
+LIFELESS_SECONDS = (
+    60.0  # a driver writes its status every two seconds, but may wait for its storage
+)
 
 
 SHOWN = 40  # generations and logged steps in a line
@@ -70,7 +72,11 @@ class Snapshot:
     @property
     def lifeless(self) -> bool:
         """Whether the search's driver seems to be gone."""
-        return self.status is not None and self.status.state != "finished" and self.age_seconds > LIFELESS_SECONDS
+        return (
+            self.status is not None
+            and self.status.state != "finished"
+            and self.age_seconds > LIFELESS_SECONDS
+        )
 
 
 class Monitor:
@@ -87,9 +93,13 @@ class Monitor:
         self._status: dict[str, Any] | None = None
         facts = run_dir.read_json("run.json")
         if facts and _of_training(facts):
-            raise ValueError(f"RUN_DIR: {run_dir.url} is the folder of a training; give the run directory around it")
+            raise ValueError(
+                f"RUN_DIR: {run_dir.url} is the folder of a training; give the run directory around it"
+            )
         if facts is None and not self._trainings():
-            raise ValueError(f"RUN_DIR: expected the directory of a run, got {run_dir.url!r}, which has no run.json")
+            raise ValueError(
+                f"RUN_DIR: expected the directory of a run, got {run_dir.url!r}, which has no run.json"
+            )
         self._facts = facts
 
     def look(self) -> Snapshot:
@@ -100,7 +110,9 @@ class Monitor:
         """
         self._run_dir.path.fs.invalidate_cache()  # object stores remember old listings
         if self._facts:
-            self._status = self._read("status.json") or self._status  # one that is being replaced is read next time
+            self._status = (
+                self._read("status.json") or self._status
+            )  # one that is being replaced is read next time
         body = self._status
         status = _status(body) if body else None
         if status and status.state == "reporting" and self._read("winner.json"):
@@ -150,7 +162,9 @@ class Monitor:
             rows=rows,
             age_seconds=age,
             finished=self._read(f"{folder}/result.json") is not None,
-            stopped=str(stop["message"]) if stop and self._age(f"{folder}/stop.json", stop) <= age else None,
+            stopped=str(stop["message"])
+            if stop and self._age(f"{folder}/stop.json", stop) <= age
+            else None,
         )
 
     def _age(self, name: str, body: Mapping[str, Any]) -> float:
@@ -165,7 +179,10 @@ class Monitor:
         path = self._run_dir.path / name
         try:
             return float(path.fs.modified(path.path).timestamp())
-        except (FileNotFoundError, NotImplementedError):  # replaced just now, or a storage without times
+        except (
+            FileNotFoundError,
+            NotImplementedError,
+        ):  # replaced just now, or a storage without times
             return time.time()
 
 
@@ -176,7 +193,9 @@ def _of_training(facts: Mapping[str, Any]) -> bool:
 def _status(body: Mapping[str, Any]) -> Status:
     """What this version knows of a status; another one may have written more or less."""
     known = {field.name for field in fields(Status)}
-    return Status(**{"name": "run", **{name: value for name, value in body.items() if name in known}})
+    return Status(
+        **{"name": "run", **{name: value for name, value in body.items() if name in known}}
+    )
 
 
 def render(snapshot: Snapshot) -> "RenderableType":
@@ -213,7 +232,9 @@ def _search_rows(snapshot: Snapshot) -> Iterable[tuple[str, "RenderableType"]]:
     finished = status.state == "finished"
     state = Text(status.state, style="bold green" if finished else "bold")
     if snapshot.lifeless:
-        state.append(f"   no sign of life for {format_seconds(snapshot.age_seconds)}", style="bold red")
+        state.append(
+            f"   no sign of life for {format_seconds(snapshot.age_seconds)}", style="bold red"
+        )
         state.append(f"\n{RESUME}", style="red")
     elif not finished:
         state.append(f"   seen {format_seconds(snapshot.age_seconds)} ago", style="dim")
@@ -225,12 +246,20 @@ def _search_rows(snapshot: Snapshot) -> Iterable[tuple[str, "RenderableType"]]:
     if not finished and not snapshot.lifeless:
         line.append(f"   ETA {format_seconds(status.eta_seconds)}", style="bold")
     yield "generation", line
-    best, dim = _number(status.best_ppl), str(status.best_critical_dim or "none") if status.best_ppl else "?"
+    best, dim = (
+        _number(status.best_ppl),
+        str(status.best_critical_dim or "none") if status.best_ppl else "?",
+    )
     median, worst = _number(status.median_ppl), _number(status.worst_ppl)
-    yield "perplexity", _facts(("best", best), ("at d_rcd", dim), ("median", median), ("worst", worst))
+    yield (
+        "perplexity",
+        _facts(("best", best), ("at d_rcd", dim), ("median", median), ("worst", worst)),
+    )
     if len(snapshot.best) > 1:
         yield "best so far", _sparkline(snapshot.best)
-    if dims := sorted((int(dim), count) for dim, count in status.critical_dims.items() if dim != "0"):
+    if dims := sorted(
+        (int(dim), count) for dim, count in status.critical_dims.items() if dim != "0"
+    ):
         yield "survivors", _facts(*((f"d_rcd {dim}", str(count)) for dim, count in dims))
     units = {"done": status.units_done, "raced out": status.units_raced_out, "left here": status.units_left,
              "ahead": status.units_ahead}  # fmt: skip
@@ -243,21 +272,31 @@ def _search_rows(snapshot: Snapshot) -> Iterable[tuple[str, "RenderableType"]]:
     losses = {**dict.fromkeys(LOSSES, 0), **status.losses}
     yield "losses", _facts(*((name, str(count)) for name, count in losses.items()), alarm=True)
     if status.committed_at is not None and not finished:
-        yield "last commit", Text(f"{format_seconds(max(time.time() - status.committed_at, 0.0))} ago")
+        yield (
+            "last commit",
+            Text(f"{format_seconds(max(time.time() - status.committed_at, 0.0))} ago"),
+        )
 
 
 def _training_rows(training: Training) -> Iterable[tuple[str, "RenderableType"]]:
     from rich.text import Text
 
     age = format_seconds(training.age_seconds)
-    state = Text("finished", style="bold green") if training.finished else Text("training", style="bold")
+    state = (
+        Text("finished", style="bold green")
+        if training.finished
+        else Text("training", style="bold")
+    )
     if training.stopped and not training.finished:
         state = Text(f"stopped: {training.stopped}", style="bold red")
     elif training.lifeless:
         state.append(f"   no new step for {age}", style="bold red")
         state.append(f"\n{RESUME}", style="red")
     elif not training.finished:
-        state.append(f"   last step {age} ago" if training.rows else f"   begun {age} ago, no step yet", style="dim")
+        state.append(
+            f"   last step {age} ago" if training.rows else f"   begun {age} ago, no step yet",
+            style="dim",
+        )
     yield "state", state
     if not training.rows:
         return
@@ -265,10 +304,18 @@ def _training_rows(training: Training) -> Iterable[tuple[str, "RenderableType"]]
     line = _bar(last["step"] / last["num_steps"])
     line.append(f"  {last['step']:,} of {last['num_steps']:,}")
     if not training.finished and not training.lifeless:
-        seconds = statistics.median(row["seconds"] for row in training.rows[-20:]) * (last["num_steps"] - last["step"])
+        seconds = statistics.median(row["seconds"] for row in training.rows[-20:]) * (
+            last["num_steps"] - last["step"]
+        )
         line.append(f"   ETA {format_seconds(seconds)}", style="bold")
     yield "step", line
-    yield "loss", _facts(("all", _number(last["loss"])), *((w, _number(v)) for w, v in last["window_losses"].items()))
+    yield (
+        "loss",
+        _facts(
+            ("all", _number(last["loss"])),
+            *((w, _number(v)) for w, v in last["window_losses"].items()),
+        ),
+    )
     if len(training.rows) > 1:
         yield "", _sparkline([row["loss"] for row in training.rows])
     utilisation = last.get("model_flops_utilisation")
@@ -290,7 +337,9 @@ def _facts(*pairs: tuple[str, str], alarm: bool = False) -> "Text":
     line = Text()
     for name, value in pairs:
         line.append("   " if line else "").append(f"{name} ", style="dim")
-        line.append(value, style="bold yellow" if alarm and value != "0" else "" if alarm else "bold")
+        line.append(
+            value, style="bold yellow" if alarm and value != "0" else "" if alarm else "bold"
+        )
     return line
 
 
@@ -310,8 +359,12 @@ def _sparkline(values: Sequence[float | None]) -> "Text":
         return Text("not finite")
     low, high = min(numbers), max(numbers)
     top = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    columns = "".join(" " if value is None else BARS[round((value - low) * top)] for value in values)
-    return Text(columns, style="cyan").append(f"  {_number(values[0])} to {_number(values[-1])}", style="dim")
+    columns = "".join(
+        " " if value is None else BARS[round((value - low) * top)] for value in values
+    )
+    return Text(columns, style="cyan").append(
+        f"  {_number(values[0])} to {_number(values[-1])}", style="dim"
+    )
 
 
 def _number(value: float | None) -> str:

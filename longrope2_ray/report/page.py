@@ -55,13 +55,21 @@ figcaption, .note { color: #555; font-size: .9em } pre { background: #f7f7f7; pa
 """
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[int] = (), caption: str = "") -> str:
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[int] = (), caption: str = ""
+) -> str:
     """An HTML table; without ``head`` one of facts, name and value."""
 
     def row(cells: Sequence[str], tag: str, attribute: str = "") -> str:
-        return f"<tr{attribute}>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+        return (
+            f"<tr{attribute}>"
+            + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+            + "</tr>\n"
+        )
 
-    body = "".join(row(cells, "td", ' class="best"' if i in best else "") for i, cells in enumerate(rows))
+    body = "".join(
+        row(cells, "td", ' class="best"' if i in best else "") for i, cells in enumerate(rows)
+    )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     top = f"<table>{title}<thead>{row(head, 'th')}</thead>" if head else '<table class="facts">'
     return f"{top}<tbody>\n{body}</tbody></table>\n"
@@ -75,7 +83,10 @@ def _result_facts(run: RunData) -> Iterator[tuple[str, str]]:
     id, tail = run.best["id"], run.best["tail"]
     yield "found critical dimension", _critical(run.best["critical_dim"])
     if run.geometry:
-        yield "theoretical critical dimension", f"{run.theoretical} (ten periods: {run.geometry.ten_period_dim})"
+        yield (
+            "theoretical critical dimension",
+            f"{run.theoretical} (ten periods: {run.geometry.ten_period_dim})",
+        )
     yield "factors from there on", f"{tail[0]:.4g} to {tail[-1]:.4g}"
     yield "attention factor", f"{run.best['attention_factor']:.3f}"
     if run.best["start_tokens"]:
@@ -93,29 +104,47 @@ def _run_facts(run: RunData) -> Iterator[tuple[str, str]]:
         yield f"fingerprint of {name}", str(value)
     if run.geometry:
         geometry, ratio = run.geometry, run.target_length / run.geometry.original_length
-        yield "window", f"{geometry.original_length} -> {run.target_length} tokens (ratio {ratio:g})"
+        yield (
+            "window",
+            f"{geometry.original_length} -> {run.target_length} tokens (ratio {ratio:g})",
+        )
         yield (
             "RoPE",
             f"base {geometry.base:g}, {geometry.rotary_dim} of {geometry.head_dim} dimensions of a head rotary",
         )
-    yield "generations closed", f"{len(generations)} of {recipe.get('search.iterations', -1) + 1 or 'unknown'}"
+    yield (
+        "generations closed",
+        f"{len(generations)} of {recipe.get('search.iterations', -1) + 1 or 'unknown'}",
+    )
     scored, out = sum(g.scored for g in generations), sum(g.raced_out for g in generations)
     if scored:
-        yield "units in closed generations", f"{scored} scored, {out} raced out ({out / (scored + out):.1%} saved)"
+        yield (
+            "units in closed generations",
+            f"{scored} scored, {out} raced out ({out / (scored + out):.1%} saved)",
+        )
     if len(run.rows) > scored:
-        where = "units ahead that no generation asked for" if run.winner else "units in the open generation or ahead"
+        where = (
+            "units ahead that no generation asked for"
+            if run.winner
+            else "units in the open generation or ahead"
+        )
         yield where, f"{len(run.rows) - scored} scored"
     if run.rows:
         yield "time per unit", f"median {statistics.median(row.seconds for row in run.rows):.3g} s"
         yield "scorers seen", str(len({row.scorer for row in run.rows}))
     if run.busy_share is not None:
-        yield "searching", f"{sum(g.end - g.begin for g in generations):.4g} s, scorers {run.busy_share:.0%} busy"
+        yield (
+            "searching",
+            f"{sum(g.end - g.begin for g in generations):.4g} s, scorers {run.busy_share:.0%} busy",
+        )
 
 
 def _factor_rows(run: RunData) -> Iterator[tuple[str, str, str]]:
     if run.best and run.geometry:
         factors = assemble(run.best["critical_dim"], run.best["tail"])
-        for dim, (period, factor) in enumerate(zip(run.geometry.periods_tokens, factors, strict=True)):
+        for dim, (period, factor) in enumerate(
+            zip(run.geometry.periods_tokens, factors, strict=True)
+        ):
             yield str(dim), f"{period:.1f}", f"{factor:.6g}"
 
 
@@ -126,7 +155,10 @@ def _training_rows(run: RunData) -> Iterator[tuple[str, ...]]:
     """Where each training stands: losses of the last tenth of its logged steps, median pace."""
     for name, rows in run.trainings.items():
         last = rows[-max(len(rows) // 10, 1) :]
-        losses = [[row["window_losses"][w] for row in last if w in row["window_losses"]] for w in ("short", "long")]
+        losses = [
+            [row["window_losses"][w] for row in last if w in row["window_losses"]]
+            for w in ("short", "long")
+        ]
         yield (
             name,
             f"{rows[-1]['step']} of {rows[-1]['num_steps']}",
@@ -139,11 +171,17 @@ def _training_rows(run: RunData) -> Iterator[tuple[str, ...]]:
 def render_html(run: RunData, figures: Mapping[str, str]) -> str:
     """The page; ``figures`` is the name of a PNG -> data URL."""
     name = escape(str(run.recipe.get("name") or run.status.get("name") or "run"))
-    state = "finished" if run.winner else f"{run.status.get('state', 'starting')}; this page refreshes itself"
+    state = (
+        "finished"
+        if run.winner
+        else f"{run.status.get('state', 'starting')}; this page refreshes itself"
+    )
     refresh = "" if run.winner else f'{REFRESHES} content="{REFRESH_SECONDS:g}">\n'
     comparison = ""
     if run.winner:
-        tables = "".join(_table(HEADINGS, block.rows, block.best, block.title) for block in _blocks(run.winner))
+        tables = "".join(
+            _table(HEADINGS, block.rows, block.best, block.title) for block in _blocks(run.winner)
+        )
         notes = escape(" ".join(_notes(run.winner)))
         comparison = f'<h2>Comparison</h2>\n<p class="note">{notes}</p>\n{tables}'
     factors = ""
@@ -184,10 +222,16 @@ def write_report(run_dir: RunDir) -> list[Any]:
     """
     run, urls = load_run(run_dir), {}
     for name, draw, _ in (*FIGURES, *([TRAINING] if run.trainings else [])):
-        figure = draw(run) if run.generations or draw in (draw_factors, TRAINING[1]) else draw_message(NOT_YET)
+        figure = (
+            draw(run)
+            if run.generations or draw in (draw_factors, TRAINING[1])
+            else draw_message(NOT_YET)
+        )
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=DPI)
-        figure.set_layout_engine("none")  # it stays as laid out; doing it again would take as long as drawing
+        figure.set_layout_engine(
+            "none"
+        )  # it stays as laid out; doing it again would take as long as drawing
         figure.savefig(svg, format="svg")
         run_dir.write_bytes(name, png.getvalue())
         urls[name] = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
@@ -213,7 +257,10 @@ class ReportWriter:
     """
 
     def __init__(
-        self, run_dir: RunDir, write: Callable[[RunDir], object] = write_report, min_seconds: float = REFRESH_SECONDS
+        self,
+        run_dir: RunDir,
+        write: Callable[[RunDir], object] = write_report,
+        min_seconds: float = REFRESH_SECONDS,
     ):
         # Eyes of its own: what a driver compacts away is what the driver itself has read.
         self._run_dir = RunDir(run_dir.url, patience_seconds=run_dir.patience_seconds)
@@ -240,7 +287,11 @@ class ReportWriter:
             self._report(self._run_dir)
         except Exception as error:  # no report is worth a search
             if not self._warned:
-                log.warning("the report could not be written (%s: %s); the run goes on", type(error).__name__, error)
+                log.warning(
+                    "the report could not be written (%s: %s); the run goes on",
+                    type(error).__name__,
+                    error,
+                )
             self._warned = True
         ended = time.monotonic()
         self._due = ended + max(self._min_seconds, (ended - began) / REFRESH_SHARE)

@@ -44,7 +44,11 @@ class ProgressBar:
         self._progress, self._task = progress_bar()
 
     def __call__(self, status: Status, event: str) -> None:
-        best = f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}" if status.best_ppl else ""
+        best = (
+            f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}"
+            if status.best_ppl
+            else ""
+        )
         eta = f"ETA {format_seconds(status.eta_seconds)}" if status.eta_seconds else ""
         self._progress.update(
             self._task,

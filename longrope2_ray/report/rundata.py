@@ -85,7 +85,9 @@ def load_run(run_dir: RunDir) -> RunData:
         # a running search replaces segments by one: read at that moment, the ledger lacks rows and is read again
         ledger = list(run_dir.load_scores().values())
         rows = [score for score in ledger if score.needle_set == SEARCH_SET]
-        if not bodies or {c["id"] for c in bodies[-1]["survivors"]} <= {row.vector_id for row in rows}:
+        if not bodies or {c["id"] for c in bodies[-1]["survivors"]} <= {
+            row.vector_id for row in rows
+        }:
             break
     recipe = run_dir.path / "recipe.toml"
     return RunData(
@@ -94,7 +96,10 @@ def load_run(run_dir: RunDir) -> RunData:
         winner=winner,
         recipe_toml=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         generations=_closed(
-            bodies, rows, ledger, facts.get("num_samples") or max((r.sample + 1 for r in rows), default=1)
+            bodies,
+            rows,
+            ledger,
+            facts.get("num_samples") or max((r.sample + 1 for r in rows), default=1),
         ),
         rows=rows,
         geometry=_geometry(facts.get("geometry") or winner),
@@ -117,11 +122,16 @@ def _geometry(body: Mapping[str, Any] | None) -> RopeGeometry | None:
     if body is None:
         return None
     rotary = body["rotary_dim"]
-    return RopeGeometry(body.get("head_dim", rotary), rotary, body["rope_base"], body["original_length"])
+    return RopeGeometry(
+        body.get("head_dim", rotary), rotary, body["rope_base"], body["original_length"]
+    )
 
 
 def _closed(
-    bodies: Sequence[Mapping[str, Any]], rows: Sequence[Score], ledger: Sequence[Score], num_samples: int
+    bodies: Sequence[Mapping[str, Any]],
+    rows: Sequence[Score],
+    ledger: Sequence[Score],
+    num_samples: int,
 ) -> list[ClosedGeneration]:
     """``rows`` are those of the search; idle scorers take rows of the tables too, so ``ledger`` says who was busy."""
     by_id: dict[str, list[Score]] = {}
@@ -150,7 +160,9 @@ def _closed(
                 begin=begin,
                 end=end,
                 busy_seconds=float(busy.sum()),
-                num_scorers=len({row.scorer for row, part in zip(ledger, busy, strict=True) if part > 0}),
+                num_scorers=len(
+                    {row.scorer for row, part in zip(ledger, busy, strict=True) if part > 0}
+                ),
             )
         )
         following = begin

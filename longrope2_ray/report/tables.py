@@ -21,8 +21,14 @@ class Block:
 def _blocks(winner: Mapping[str, Any]) -> Iterator[Block]:
     target, original = winner["target_length"], winner["original_length"]
     found = found_label(winner["critical_dim"])
-    for length, factor in dict.fromkeys((row["length"], row["compared_at"]) for row in winner["report"]):
-        rows = [row for row in winner["report"] if (row["length"], row["compared_at"]) == (length, factor)]
+    for length, factor in dict.fromkeys(
+        (row["length"], row["compared_at"]) for row in winner["report"]
+    ):
+        rows = [
+            row
+            for row in winner["report"]
+            if (row["length"], row["compared_at"]) == (length, factor)
+        ]
         title = f"{length} tokens ({length / original:g} x L0), compared at attention factor {factor:.3f}"
         if length > target:
             title += f"; baselines at ratio {length / original:g}, {found} at {target / original:g}"
@@ -37,7 +43,11 @@ def _blocks(winner: Mapping[str, Any]) -> Iterator[Block]:
             for row in rows
         ]
         lowest = min((row["ppl"] for row in rows if row["ppl"] is not None), default=None)
-        yield Block(title, cells, [i for i, row in enumerate(rows) if lowest is not None and row["ppl"] == lowest])
+        yield Block(
+            title,
+            cells,
+            [i for i, row in enumerate(rows) if lowest is not None and row["ppl"] == lowest],
+        )
 
 
 def _number(ppl: float | None) -> str:
@@ -50,7 +60,10 @@ def _critical(dim: int) -> str:
 
 def _notes(winner: Mapping[str, Any]) -> list[str]:
     notes = ["Held out: measured on texts and needles that the search did not see."]
-    if any(row["method"] == "unscaled" and row["compared_at"] != row["attention_factor"] for row in winner["report"]):
+    if any(
+        row["method"] == "unscaled" and row["compared_at"] != row["attention_factor"]
+        for row in winner["report"]
+    ):
         notes.append("Unscaled is the model as it is, at attention factor 1.")
     if any(row["length"] > winner["target_length"] for row in winner["report"]):
         notes.append("At lengths beyond the target the baselines get the larger ratio.")
@@ -71,6 +84,9 @@ def format_table(winner: Mapping[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(HEADINGS, *block.rows, strict=True)]
         lines += ["", block.title]
         for i, row in enumerate((HEADINGS, *block.rows)):
-            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            cells = [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
             lines.append(("* " if i - 1 in block.best else "  ") + "  ".join(cells))
     return "\n".join(lines)

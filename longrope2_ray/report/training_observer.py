@@ -39,12 +39,17 @@ class TrainObserver:
         from longrope2_ray.report.progress import progress_bar
 
         self._tags = {"run": run}
-        self._gauges = {n: Gauge(f"longrope2_train_{n}", description=d, tag_keys=("run",)) for n, d in GAUGES.items()}
+        self._gauges = {
+            n: Gauge(f"longrope2_train_{n}", description=d, tag_keys=("run",))
+            for n, d in GAUGES.items()
+        }
         self._progress, self._task = progress_bar()
         self._seconds: list[float] = []
         self._checkpoint_steps = checkpoint_steps
         self._checkpoints: int | None = None
-        self._gauges["last_checkpoint_timestamp_seconds"].set(time.time(), self._tags)  # a kill would cost what follows
+        self._gauges["last_checkpoint_timestamp_seconds"].set(
+            time.time(), self._tags
+        )  # a kill would cost what follows
 
     def __call__(self, row: Row) -> None:
         from longrope2_ray.report.progress import format_seconds
@@ -61,7 +66,11 @@ class TrainObserver:
         if self._checkpoints is not None and checkpoints > self._checkpoints:
             self._gauges["last_checkpoint_timestamp_seconds"].set(time.time(), self._tags)
         self._checkpoints = checkpoints
-        line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items() if k != "window_losses"}
+        line = {
+            k: float(f"{v:.5g}") if isinstance(v, float) else v
+            for k, v in values.items()
+            if k != "window_losses"
+        }
         print(json.dumps({"event": "step", **line}), file=sys.stderr, flush=True)
         self._progress.update(
             self._task,

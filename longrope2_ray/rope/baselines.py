@@ -37,7 +37,9 @@ def ntk_aware(geometry: RopeGeometry, target_length: int) -> np.ndarray:
 
 def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
     """NTK with the base of Liu et al.: ``base_ntk = base^(ln(L/2pi) / ln(L0/2pi))``."""
-    power = math.log(target_length / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
+    power = math.log(target_length / (2 * math.pi)) / math.log(
+        geometry.original_length / (2 * math.pi)
+    )
     exponents = (power - 1) * 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
     return geometry.base**exponents
 
@@ -50,7 +52,9 @@ def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np
 
 def _yarn_ramp(geometry: RopeGeometry, target_length: int, low: float, high: float) -> np.ndarray:
     ratio = target_length / geometry.original_length
-    keep: np.ndarray = 1 - np.clip((np.arange(geometry.num_cosines) - low) / max(high - low, 1e-3), 0, 1)
+    keep: np.ndarray = 1 - np.clip(
+        (np.arange(geometry.num_cosines) - low) / max(high - low, 1e-3), 0, 1
+    )
     return 1 / (keep + (1 - keep) / ratio)
 
 
@@ -59,14 +63,18 @@ def _dim_of_rotations(geometry: RopeGeometry, rotations: float) -> float:
     return geometry.num_cosines * math.log(turns) / math.log(geometry.base)
 
 
-def yarn(geometry: RopeGeometry, target_length: int, alpha: float = 1.0, beta: float = 32.0) -> np.ndarray:
+def yarn(
+    geometry: RopeGeometry, target_length: int, alpha: float = 1.0, beta: float = 32.0
+) -> np.ndarray:
     """YaRN's by-parts ramp between ``beta`` and ``alpha`` rotations in L0 (as in transformers, bounds truncated)."""
     low = max(math.floor(_dim_of_rotations(geometry, beta)), 0)
     high = min(math.ceil(_dim_of_rotations(geometry, alpha)), geometry.rotary_dim - 1)
     return _yarn_ramp(geometry, target_length, low, high)
 
 
-def yarn_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int, beta: float = 32.0) -> np.ndarray:
+def yarn_rcd(
+    geometry: RopeGeometry, target_length: int, critical_dim: int, beta: float = 32.0
+) -> np.ndarray:
     """YaRN with full interpolation from ``critical_dim`` on instead of ``d_tcd`` (Table 5)."""
     shift = critical_dim - geometry.theoretical_critical_dim
     low = max(math.floor(_dim_of_rotations(geometry, beta)) + shift, 0)
@@ -74,7 +82,10 @@ def yarn_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int, beta
 
 
 def llama3(
-    geometry: RopeGeometry, target_length: int, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0
+    geometry: RopeGeometry,
+    target_length: int,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
 ) -> np.ndarray:
     """Llama-3.1's scaling: interpolate long periods, keep short ones, blend between."""
     ratio = target_length / geometry.original_length
@@ -117,7 +128,9 @@ def require_methods(names: Iterable[str]) -> None:
     """
     unknown = sorted(set(names) - set(METHODS))
     if unknown:
-        raise ValueError(f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+        raise ValueError(
+            f"report.methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}"
+        )
 
 
 def baseline(
@@ -134,10 +147,16 @@ def baseline(
         ValueError: if the method or the critical dimension is unknown to this geometry.
     """
     if method in PLAIN:
-        return RescaleFactors(PLAIN[method](geometry, target_length), attention_factor, None, method)
+        return RescaleFactors(
+            PLAIN[method](geometry, target_length), attention_factor, None, method
+        )
     if method not in WITH_CRITICAL_DIM:
         raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
     dim = geometry.theoretical_critical_dim if critical_dim is None else critical_dim
     if not 0 < dim < geometry.num_cosines:
-        raise ValueError(f"--critical-dim: expected a cosine index in 1 ... {geometry.num_cosines - 1}, got {dim}")
-    return RescaleFactors(WITH_CRITICAL_DIM[method](geometry, target_length, dim), attention_factor, dim, method)
+        raise ValueError(
+            f"--critical-dim: expected a cosine index in 1 ... {geometry.num_cosines - 1}, got {dim}"
+        )
+    return RescaleFactors(
+        WITH_CRITICAL_DIM[method](geometry, target_length, dim), attention_factor, dim, method
+    )

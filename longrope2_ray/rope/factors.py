@@ -40,9 +40,13 @@ class RescaleFactors:
                 + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
             )
         if not (np.isfinite(self.attention_factor) and self.attention_factor > 0):
-            raise ValueError(f"attention_factor: expected a finite positive number, got {self.attention_factor}")
+            raise ValueError(
+                f"attention_factor: expected a finite positive number, got {self.attention_factor}"
+            )
         if self.start_tokens < 0:
-            raise ValueError(f"start_tokens: expected a number of positions, 0 or more, got {self.start_tokens}")
+            raise ValueError(
+                f"start_tokens: expected a number of positions, 0 or more, got {self.start_tokens}"
+            )
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
 
@@ -92,7 +96,9 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
         return RescaleFactors(_numbers(data, source), source=source)
     if isinstance(data, dict):
         rope = data.get("rope_parameters")
-        of_full = rope.get("full_attention") if isinstance(rope, dict) else None  # where layer types have their own
+        of_full = (
+            rope.get("full_attention") if isinstance(rope, dict) else None
+        )  # where layer types have their own
         for section in (data, rope, of_full, data.get("rope_scaling")):
             if not isinstance(section, dict):
                 continue
@@ -122,7 +128,9 @@ def _number(section: Mapping[str, Any], key: str, default: float, source: str) -
     try:
         return default if value is None else float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--factors: expected a number as {key} in {source}, got {value!r}") from error
+        raise ValueError(
+            f"--factors: expected a number as {key} in {source}, got {value!r}"
+        ) from error
 
 
 def _whole(section: Mapping[str, Any], key: str, default: int | None, source: str) -> int | None:

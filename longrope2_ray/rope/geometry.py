@@ -29,11 +29,15 @@ class RopeGeometry:
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected a positive even number, got {self.rotary_dim}")
         if self.rotary_dim > self.head_dim:
-            raise ValueError(f"rotary_dim: expected at most head_dim {self.head_dim}, got {self.rotary_dim}")
+            raise ValueError(
+                f"rotary_dim: expected at most head_dim {self.head_dim}, got {self.rotary_dim}"
+            )
         if not (math.isfinite(self.base) and self.base > 1):
             raise ValueError(f"base: expected a finite number above 1, got {self.base}")
         if self.original_length <= 2 * math.pi:
-            raise ValueError(f"original_length: expected more than 2 pi tokens, got {self.original_length}")
+            raise ValueError(
+                f"original_length: expected more than 2 pi tokens, got {self.original_length}"
+            )
 
     @property
     def num_cosines(self) -> int:
@@ -58,7 +62,9 @@ class RopeGeometry:
         """
         length = self.original_length if length_tokens is None else length_tokens
         turns = length / (2 * math.pi * num_periods)
-        dim = math.ceil(self.num_cosines * math.log(turns) / math.log(self.base)) if turns > 1 else 0
+        dim = (
+            math.ceil(self.num_cosines * math.log(turns) / math.log(self.base)) if turns > 1 else 0
+        )
         return min(max(dim, 0), self.num_cosines - 1)
 
     @property

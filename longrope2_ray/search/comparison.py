@@ -20,4 +20,6 @@ def report_units(recipe: Recipe) -> int:
 
 def content_id(factors: RescaleFactors) -> str:
     """Key of a vector that is no candidate in the ledger: its content, so that equal vectors share their scores."""
-    return Candidate(0, tuple(factors.values.tolist()), factors.attention_factor, None, factors.start_tokens).id
+    return Candidate(
+        0, tuple(factors.values.tolist()), factors.attention_factor, None, factors.start_tokens
+    ).id

@@ -12,11 +12,19 @@ import numpy as np
 
 from longrope2_ray.errors import StoppedError
 from longrope2_ray.recipe.sections import SearchSection
-from longrope2_ray.search.mutation import CROSSOVERS, MAX_TRIES, MUTATIONS, MutationContext, shift_tail
+from longrope2_ray.search.mutation import (
+    CROSSOVERS,
+    MAX_TRIES,
+    MUTATIONS,
+    MutationContext,
+    shift_tail,
+)
 from longrope2_ray.search.space import Candidate, SearchSpace
 
 
-def select(totals: Mapping[str, float], critical_dims: Mapping[str, int], top_k: int, niche_size: int) -> list[str]:
+def select(
+    totals: Mapping[str, float], critical_dims: Mapping[str, int], top_k: int, niche_size: int
+) -> list[str]:
     """Ids of the survivors, best first: the best ``niche_size`` of each critical dimension, then the best of all.
 
     ``totals`` are summed NLLs of completely scored candidates. Ties are broken by id, so that order is total.
@@ -116,9 +124,13 @@ class Evolution:
             self.settings.top_k,
             self.settings.niche_size,
         )  # Alg. 2, line 11
-        return Generation(generation.index + 1, tuple(pool[id] for id in kept), {id: known[id] for id in kept}, ())
+        return Generation(
+            generation.index + 1, tuple(pool[id] for id in kept), {id: known[id] for id in kept}, ()
+        )
 
-    def children(self, standing: Generation, also_seen: Set[str] = frozenset()) -> tuple[Candidate, ...]:
+    def children(
+        self, standing: Generation, also_seen: Set[str] = frozenset()
+    ) -> tuple[Candidate, ...]:
         """What a previewed generation asks for: children of its survivors, none after the last one; nothing changes.
 
         The random stream is the one that ``tell`` will use, so children of a guess are right as far as the ranks of
@@ -126,7 +138,9 @@ class Evolution:
         """
         if standing.index > self.settings.iterations:
             return ()
-        return tuple(self._breed(standing.survivors, self._rng(standing.index), self._seen | also_seen))
+        return tuple(
+            self._breed(standing.survivors, self._rng(standing.index), self._seen | also_seen)
+        )
 
     @property
     def best(self) -> Candidate:
@@ -142,7 +156,13 @@ class Evolution:
         """Alg. 1: a constant random tail for every critical dimension, then others (``search.initial``) until there are P."""
         rng = self._rng(0)
         seeds = [
-            Candidate(dim, tail, float(rng.uniform(*self.space.attention_bounds)), None, self.space.start_tokens[0])
+            Candidate(
+                dim,
+                tail,
+                float(rng.uniform(*self.space.attention_bounds)),
+                None,
+                self.space.start_tokens[0],
+            )
             for dim, tail in self._starts(rng)
         ]
         yield from seeds
@@ -163,14 +183,20 @@ class Evolution:
             factor = float(rng.uniform(*self.space.tail_bounds))  # Alg. 1, line 4
             yield dim, (factor,) * (self.space.num_cosines - dim)
 
-    def _breed(self, survivors: Sequence[Candidate], rng: np.random.Generator, seen: Set[str]) -> Iterator[Candidate]:
+    def _breed(
+        self, survivors: Sequence[Candidate], rng: np.random.Generator, seen: Set[str]
+    ) -> Iterator[Candidate]:
         """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
 
         def child(parent: Candidate, rng: np.random.Generator) -> Candidate:
             if rng.random() < self.settings.immigrants:
                 return self._draw(int(rng.choice(self.space.critical_dims)), rng)
             if self.settings.crossover != "none" and rng.random() < self.settings.crossover_share:
-                mates = [c for c in survivors if c.critical_dim == parent.critical_dim and c.id != parent.id]
+                mates = [
+                    c
+                    for c in survivors
+                    if c.critical_dim == parent.critical_dim and c.id != parent.id
+                ]
                 if mates:
                     return self._cross(parent, mates[rng.integers(len(mates))], rng)
             return self._mutate(parent, rng)
@@ -203,11 +229,22 @@ class Evolution:
         if settings.mutation == "random":
             return self._draw(int(rng.choice(self.space.critical_dims)), rng)
         if rng.random() < settings.shift_probability:
-            moved = int(np.clip(dim + rng.choice((-1, 1)), self.space.critical_dims[0], self.space.critical_dims[-1]))
+            moved = int(
+                np.clip(
+                    dim + rng.choice((-1, 1)),
+                    self.space.critical_dims[0],
+                    self.space.critical_dims[-1],
+                )
+            )
             dim, tail = moved, shift_tail(tail, dim, moved, low, high)
-        context = MutationContext(low, high, settings.mutation_probability, settings.mutation_step, rng)
+        context = MutationContext(
+            low, high, settings.mutation_probability, settings.mutation_step, rng
+        )
         tail = MUTATIONS[settings.mutation](tail, context)
-        attention, start = self._attention(parent.attention_factor, rng), self._start_tokens(parent.start_tokens, rng)
+        attention, start = (
+            self._attention(parent.attention_factor, rng),
+            self._start_tokens(parent.start_tokens, rng),
+        )
         return Candidate(dim, tuple(map(float, tail)), attention, parent.id, start)
 
     def _draw(self, dim: int, rng: np.random.Generator) -> Candidate:
@@ -221,7 +258,9 @@ class Evolution:
         else:
             tail = np.sort(rng.uniform(*self.space.tail_bounds, size))
         attention = float(rng.uniform(*self.space.attention_bounds))
-        return Candidate(dim, tuple(map(float, tail)), attention, None, self._start_tokens(None, rng))
+        return Candidate(
+            dim, tuple(map(float, tail)), attention, None, self._start_tokens(None, rng)
+        )
 
     def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)
@@ -236,7 +275,9 @@ class Evolution:
         low, high = self.space.attention_bounds
         if low == high or rng.random() >= self.settings.mutation_probability:
             return value
-        return float(np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high))
+        return float(
+            np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high)
+        )
 
     def _start_tokens(self, value: int | None, rng: np.random.Generator) -> int:
         """LongRoPE's ``n_hat`` as one more gene, where there is a choice; drawn anew if the parent has none to give."""

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from longrope2_ray.model.costs import ACCELERATORS, RAY_ACCELERATORS, gpu_memory_bytes, scorer_memory_bytes
+from longrope2_ray.model.costs import (
+    ACCELERATORS,
+    RAY_ACCELERATORS,
+    gpu_memory_bytes,
+    scorer_memory_bytes,
+)
 from longrope2_ray.recipe.fields import FREE_FIELDS, flatten
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.sections import NeedleSection
@@ -42,7 +47,8 @@ class Prepared:
     def num_tokens(self) -> dict[str, list[int]]:
         """Needle set -> answer tokens of each sample."""
         return {
-            name: [s.answer_span[1] - s.answer_span[0] for s in samples] for name, samples in self.needle_sets.items()
+            name: [s.answer_span[1] - s.answer_span[0] for s in samples]
+            for name, samples in self.needle_sets.items()
         }
 
 
@@ -57,7 +63,10 @@ def prepare(recipe: Recipe) -> Prepared:
     from longrope2_ray.model.spec import read_spec, require_sight
 
     require_methods(recipe.report.methods)
-    books = {name: load_books(getattr(recipe, name).text, f"{name}.text") for name in ("needles", "report")}
+    books = {
+        name: load_books(getattr(recipe, name).text, f"{name}.text")
+        for name in ("needles", "report")
+    }
     require_held_out(books["needles"], books["report"])
     model, target = recipe.model, recipe.search.target_length
     check_attention(model.attention, model.device)
@@ -82,7 +91,12 @@ def prepare(recipe: Recipe) -> Prepared:
     for length in recipe.report.lengths or [target]:
         needle_sets[report_set(length)] = samples("report", recipe.report, length)
     fingerprints = {f"needles {name}": needle_fingerprint(s) for name, s in needle_sets.items()}
-    return Prepared(recipe, spec, needle_sets, {"model": model_fingerprint(model.path, **model.files), **fingerprints})
+    return Prepared(
+        recipe,
+        spec,
+        needle_sets,
+        {"model": model_fingerprint(model.path, **model.files), **fingerprints},
+    )
 
 
 def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None:
@@ -118,8 +132,12 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
         "target_length": prepared.recipe.search.target_length,
         "num_samples": prepared.recipe.needles.num_samples,
     }
-    resumed = run_dir.open(flat, prepared.fingerprints, prepared.recipe.model_dump(mode="json"), facts)
-    run_dir.patience_seconds = prepared.recipe.storage.patience_seconds  # from here on something could be lost
+    resumed = run_dir.open(
+        flat, prepared.fingerprints, prepared.recipe.model_dump(mode="json"), facts
+    )
+    run_dir.patience_seconds = (
+        prepared.recipe.storage.patience_seconds
+    )  # from here on something could be lost
     return resumed
 
 
@@ -149,7 +167,9 @@ def scorer_pool(prepared: Prepared) -> Iterator[Any]:
         _require_gpu_memory(prepared)
     else:
         _require_memory(prepared, recipe.scorer.num_scorers or room)
-    factory = scorer_factory(recipe.model, recipe.scorer, ray.put(dict(prepared.needle_sets)), resources)
+    factory = scorer_factory(
+        recipe.model, recipe.scorer, ray.put(dict(prepared.needle_sets)), resources
+    )
     pool = ScorerPool(factory, recipe.scorer.num_scorers, resources, recipe.scorer)
     try:
         yield pool
@@ -182,7 +202,14 @@ def _require_gpu_memory(prepared: Prepared) -> None:
 
     prefix, share = "accelerator_type:", min(prepared.recipe.scorer.gpus_per_scorer, 1.0)
     kinds = {
-        next((RAY_ACCELERATORS.get(name.removeprefix(prefix)) for name in node if name.startswith(prefix)), None)
+        next(
+            (
+                RAY_ACCELERATORS.get(name.removeprefix(prefix))
+                for name in node
+                if name.startswith(prefix)
+            ),
+            None,
+        )
         for node in node_resources()
         if node.get("GPU")
     }
@@ -198,7 +225,9 @@ def _require_gpu_memory(prepared: Prepared) -> None:
         )
 
 
-def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer]) -> dict[str, Any]:
+def run_search(
+    prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer]
+) -> dict[str, Any]:
     """The search of an opened run, from start or resumed, to its ``winner.json``.
 
     Raises:
@@ -219,7 +248,9 @@ def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer
         return run.run()
 
 
-def score_vectors(prepared: Prepared, vectors: Mapping[str, RescaleFactors]) -> dict[str, dict[str, Any]]:
+def score_vectors(
+    prepared: Prepared, vectors: Mapping[str, RescaleFactors]
+) -> dict[str, dict[str, Any]]:
     """Needle set -> needle perplexity, accuracy and NLL by sample of its vector."""
     scores: dict[tuple[str, int], Score] = {}
     keys = [(name, sample) for name in vectors for sample in range(len(prepared.needle_sets[name]))]
@@ -232,7 +263,10 @@ def score_vectors(prepared: Prepared, vectors: Mapping[str, RescaleFactors]) -> 
             if new:
                 end = "" if sys.stderr.isatty() else "\n"
                 print(
-                    f"{'' if end else chr(13)}scored {len(scores)} of {len(keys)}", end=end, file=sys.stderr, flush=True
+                    f"{'' if end else chr(13)}scored {len(scores)} of {len(keys)}",
+                    end=end,
+                    file=sys.stderr,
+                    flush=True,
                 )
     if sys.stderr.isatty():
         print(file=sys.stderr)

@@ -52,7 +52,12 @@ class Ahead:
         num_samples: int,
         known: Callable[[str, int], float | None],
     ):
-        self._evolution, self._settings, self._num_samples, self._known = evolution, settings, num_samples, known
+        self._evolution, self._settings, self._num_samples, self._known = (
+            evolution,
+            settings,
+            num_samples,
+            known,
+        )
         self._guesses: list[_Guess] = []  # of the next generation, of the one after it, ...
 
     def units(self, race: Race) -> Iterator[tuple[Candidate, int]]:
@@ -80,13 +85,19 @@ class Ahead:
         """The guess at what follows a generation and its race, renewed once an eighth of the race's units came in."""
         old = self._guesses[depth] if depth < len(self._guesses) else None
         left = race.num_units_left
-        if old and old.source is race and (left > old.units_left * 7 // 8 or left == old.units_left):
+        if (
+            old
+            and old.source is race
+            and (left > old.units_left * 7 // 8 or left == old.units_left)
+        ):
             return old
         rows = {**race.incumbents, **race.estimates()}
         if generation.index > self._settings.iterations or not rows:
             del self._guesses[depth:]
             return None
-        standing = self._evolution.preview(generation, {id: math.fsum(row.values()) for id, row in rows.items()})
+        standing = self._evolution.preview(
+            generation, {id: math.fsum(row.values()) for id, row in rows.items()}
+        )
         if old and old.source is race and old.generation.survivors == standing.survivors:
             old.units_left = left
             return old

@@ -24,7 +24,15 @@ from longrope2_ray.search.comparison import content_id, report_units, rescaled_l
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.lookahead import Ahead
 from longrope2_ray.search.racing import Race
-from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, _nll_of, perplexity, report_set, summarize
+from longrope2_ray.search.scores import (
+    SEARCH_SET,
+    Score,
+    Unit,
+    _nll_of,
+    perplexity,
+    report_set,
+    summarize,
+)
 from longrope2_ray.search.space import Candidate, SearchSpace, attention_factor
 from longrope2_ray.search.status import STATUS_SECONDS, Observer, Status
 from longrope2_ray.storage.rundir import RunDir
@@ -79,14 +87,23 @@ class SearchRun:
         observers: Sequence[Observer] = (),
     ):
         self._recipe, self._geometry, self._num_tokens = recipe, geometry, num_tokens
-        self._run_dir, self._scorers, self._identity, self._observers = run_dir, scorers, identity, observers
+        self._run_dir, self._scorers, self._identity, self._observers = (
+            run_dir,
+            scorers,
+            identity,
+            observers,
+        )
         self._evolution = Evolution(SearchSpace.from_recipe(geometry, recipe.search), recipe.search)
         self._ledger = run_dir.load_scores()
         self._under_way: set[tuple[str, str, int]] = set()
         self._asked: set[tuple[str, str]] = set()
-        self._not_asked = Counter(key[:2] for key in self._ledger)  # (vector, needle set) -> units in the ledger
+        self._not_asked = Counter(
+            key[:2] for key in self._ledger
+        )  # (vector, needle set) -> units in the ledger
         num_samples = len(num_tokens[SEARCH_SET])
-        self._ahead = Ahead(self._evolution, recipe.search, num_samples, partial(self._known, SEARCH_SET))
+        self._ahead = Ahead(
+            self._evolution, recipe.search, num_samples, partial(self._known, SEARCH_SET)
+        )
         self._report_ahead: deque[Unit] = deque()  # rows of the tables that idle scorers may take
         self._guessed = ""  # whose rows are in there
         self._to_commit: list[Score] = []
@@ -94,7 +111,9 @@ class SearchRun:
         self._began, self._last_status = time.monotonic(), 0.0
         self._recent: deque[float] = deque(maxlen=200)
         self._units_here = 0
-        self.status = Status(recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger))
+        self.status = Status(
+            recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger)
+        )
 
     def run(self) -> dict[str, Any]:
         """Search, compare, and write ``winner.json``; returns its content.
@@ -107,7 +126,9 @@ class SearchRun:
             raise
         except (KeyboardInterrupt, StoppedError, RunDirError) as error:
             self.status.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-            self._run_dir.patience_seconds = 0.0  # whoever asked for an end may not wait long for it
+            self._run_dir.patience_seconds = (
+                0.0  # whoever asked for an end may not wait long for it
+            )
             with suppress(StoppedError, RunDirError):
                 if self._to_commit:  # an end in the middle of a commit: it may be whole
                     held = self._run_dir.load_scores()
@@ -193,7 +214,9 @@ class SearchRun:
             if free == 0:
                 return
 
-    def _units(self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str) -> Iterator[Unit]:
+    def _units(
+        self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str
+    ) -> Iterator[Unit]:
         """Units in the order in which scorers should take them: the open race's, then what will be needed whoever
         survives, then what will be needed if the present order lasts."""
         while unit := race.next_unit():
@@ -207,7 +230,11 @@ class SearchRun:
         for child, sample in self._ahead.units(race):
             yield Unit(child.id, SEARCH_SET, sample, child.factors)
         best = self._ahead.best
-        if self._evolution.generation.index == self._recipe.search.iterations and best and best.id != self._guessed:
+        if (
+            self._evolution.generation.index == self._recipe.search.iterations
+            and best
+            and best.id != self._guessed
+        ):
             self._guessed = best.id
             self._queue_report(best)
             while self._report_ahead:
@@ -217,7 +244,9 @@ class SearchRun:
         """Let idle scorers take the rows of the tables."""
         for length, _, _, vector in self._comparisons(winner):
             name, id = report_set(length), content_id(vector)
-            self._report_ahead.extend(Unit(id, name, sample, vector) for sample in range(len(self._num_tokens[name])))
+            self._report_ahead.extend(
+                Unit(id, name, sample, vector) for sample in range(len(self._num_tokens[name]))
+            )
 
     def _ask(self, vectors: Iterable[tuple[str, str]]) -> None:
         """These (vector, needle set) are needed: their units are no longer ahead."""
@@ -262,7 +291,10 @@ class SearchRun:
             left = float(race.num_units_left)
         else:
             generation = self._evolution.generation.index
-            left = race.num_units_left + (search.iterations - generation) * search.num_children * samples
+            left = (
+                race.num_units_left
+                + (search.iterations - generation) * search.num_children * samples
+            )
             asked = self.status.units_done - self.status.units_ahead
             left *= 1 - self.status.units_raced_out / max(self.status.units_raced_out + asked, 1)
             left += report_units(self._recipe)
@@ -274,7 +306,10 @@ class SearchRun:
         for observe in self._observers:
             try:
                 observe(self.status, event)
-            except (Exception, SystemExit) as error:  # rich leaves a terminal that is gone by SystemExit
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # rich leaves a terminal that is gone by SystemExit
                 if observe not in self._blind:
                     log.warning("%s: %s; the search goes on", type(error).__name__, error)
                     self._blind.append(observe)
@@ -298,7 +333,9 @@ class SearchRun:
         status = self.status
         status.generation, status.best_critical_dim = index, self._evolution.best.critical_dim
         status.best_ppl = finite[0] if finite else None
-        status.median_ppl, status.worst_ppl = (statistics.median(finite), finite[-1]) if finite else (None, None)
+        status.median_ppl, status.worst_ppl = (
+            (statistics.median(finite), finite[-1]) if finite else (None, None)
+        )
         dims = sorted(c.critical_dim for c in generation.survivors)
         status.critical_dims = {str(dim): dims.count(dim) for dim in dict.fromkeys(dims)}
         status.units_raced_out += race.num_units_saved
@@ -306,7 +343,9 @@ class SearchRun:
 
     # --- the result
 
-    def _comparisons(self, winner: Candidate | None) -> list[tuple[int, float, str, RescaleFactors]]:
+    def _comparisons(
+        self, winner: Candidate | None
+    ) -> list[tuple[int, float, str, RescaleFactors]]:
         """(length, attention factor, method, vector) of every row of the tables; without a winner, of those that do not
         depend on it."""
         recipe, geometry = self._recipe, self._geometry
@@ -324,7 +363,9 @@ class SearchRun:
                     if winner and method == "longrope2":
                         values = winner.factors.values
                         source = f"winner {winner.id}"
-                        vector = RescaleFactors(values, factor, winner.critical_dim, source, winner.start_tokens)
+                        vector = RescaleFactors(
+                            values, factor, winner.critical_dim, source, winner.start_tokens
+                        )
                     else:
                         dim = (winner and winner.critical_dim) or None
                         temperature = 1.0 if method == "unscaled" else factor
@@ -349,7 +390,9 @@ class SearchRun:
             vectors = {content_id(v): v for at, _, _, v in rows if at == length}
             name = report_set(length)
             dims = dict.fromkeys(vectors, 0)
-            self._score(Race(dims, list(vectors), {}, len(self._num_tokens[name]), off), vectors, name)
+            self._score(
+                Race(dims, list(vectors), {}, len(self._num_tokens[name]), off), vectors, name
+            )
         table = [
             {
                 "length": length,
@@ -382,7 +425,9 @@ class SearchRun:
 
     def _summary(self, vector_id: str, needle_set: str) -> dict[str, Any]:
         """Perplexity, accuracy and NLL by sample of one vector on one needle set."""
-        scores = [self._ledger[vector_id, needle_set, s] for s in range(len(self._num_tokens[needle_set]))]
+        scores = [
+            self._ledger[vector_id, needle_set, s] for s in range(len(self._num_tokens[needle_set]))
+        ]
         return summarize(scores)
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_TRIES = 200  # for a child that nobody saw before; a search space that gives none has been exhausted
+MAX_TRIES = (
+    200  # for a child that nobody saw before; a search space that gives none has been exhausted
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def mutate_block(tail: np.ndarray, at: MutationContext) -> np.ndarray:
         if at.rng.random() < 0.5:
             tail[i:] = np.clip(tail[i:] + delta, tail[i - 1] if i > 0 else at.low, at.high)
         else:
-            tail[: i + 1] = np.clip(tail[: i + 1] + delta, at.low, tail[i + 1] if i + 1 < len(tail) else at.high)
+            tail[: i + 1] = np.clip(
+                tail[: i + 1] + delta, at.low, tail[i + 1] if i + 1 < len(tail) else at.high
+            )
     return tail
 
 
@@ -113,7 +117,9 @@ def shift_tail(tail: np.ndarray, dim: int, moved: int, low: float, high: float) 
     """
     if moved == dim:
         return tail
-    head = float(np.clip(tail[0] ** (moved / dim), low, high))  # where the present head is, or would be, at ``moved``
+    head = float(
+        np.clip(tail[0] ** (moved / dim), low, high)
+    )  # where the present head is, or would be, at ``moved``
     kept = tail[max(moved - dim, 0) :]
     shifted = np.concatenate([np.full(max(dim - moved, 0), head), np.maximum(kept, head)])
     shifted[0] = head
@@ -124,7 +130,9 @@ def cross_blend(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -
     """A random point between two tails; non-decreasing, since both are."""
     weight = rng.uniform()
     mixed = weight * tail + (1 - weight) * other
-    return np.clip(mixed, np.minimum(tail, other), np.maximum(tail, other))  # a sum of shares may round out
+    return np.clip(
+        mixed, np.minimum(tail, other), np.maximum(tail, other)
+    )  # a sum of shares may round out
 
 
 def cross_authors(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -51,7 +51,9 @@ class Race:
         self.incumbents = incumbents
         self._lost: set[str] = set()
         self._open: set[str] = set(newcomers)
-        self._turns = [self._turn(id) for id in newcomers]  # a heap; turns that are out of date stay in it
+        self._turns = [
+            self._turn(id) for id in newcomers
+        ]  # a heap; turns that are out of date stay in it
         self._reference = self._paired_reference()
 
     def next_unit(self) -> tuple[str, int] | None:
@@ -75,7 +77,9 @@ class Race:
             return
         self._pending[id].discard(sample)
         self._scores[id].setdefault(sample, nll)
-        self._bounds[id] = math.fsum(self._scores[id].values())  # rounds once, so a part never exceeds the whole
+        self._bounds[id] = math.fsum(
+            self._scores[id].values()
+        )  # rounds once, so a part never exceeds the whole
         if id not in self._open:
             return
         heapq.heappush(self._turns, self._turn(id))
@@ -104,7 +108,9 @@ class Race:
     @property
     def num_units_saved(self) -> int:
         """Units never handed out because their candidate was stopped."""
-        return sum(self._num_samples - len(self._scores[id]) - len(self._pending[id]) for id in self._lost)
+        return sum(
+            self._num_samples - len(self._scores[id]) - len(self._pending[id]) for id in self._lost
+        )
 
     @property
     def num_units_left(self) -> int:
@@ -121,9 +127,16 @@ class Race:
         A gap is the sample's mean over the complete candidates, times how much worse than their mean the newcomer is on
         the samples that it has; one more average sample keeps the ratio near 1 where little is known.
         """
-        complete = {id: self._scores[id] for id in self._scores if math.isfinite(self._totals.get(id, math.inf))}
+        complete = {
+            id: self._scores[id]
+            for id in self._scores
+            if math.isfinite(self._totals.get(id, math.inf))
+        }
         known = [*self.incumbents.values(), *complete.values()] or list(self._scores.values())
-        columns = [[row[s] for row in known if s in row and math.isfinite(row[s])] for s in range(self._num_samples)]
+        columns = [
+            [row[s] for row in known if s in row and math.isfinite(row[s])]
+            for s in range(self._num_samples)
+        ]
         means = [math.fsum(column) / len(column) if column else 0.0 for column in columns]
         typical = math.fsum(means) / len(means)
         rows = dict(complete)

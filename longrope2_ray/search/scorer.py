@@ -83,9 +83,13 @@ class NeedleScorer:
         mlp_chunk_tokens: tokens that go through an MLP at a time.
     """
 
-    def __init__(self, model: "PreTrainedModel", spec: ModelSpec, *, mlp_chunk_tokens: int = 2048) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", spec: ModelSpec, *, mlp_chunk_tokens: int = 2048
+    ) -> None:
         if mlp_chunk_tokens < 1:
-            raise ValueError(f"scorer.mlp_chunk_tokens: expected at least 1, got {mlp_chunk_tokens}")
+            raise ValueError(
+                f"scorer.mlp_chunk_tokens: expected at least 1, got {mlp_chunk_tokens}"
+            )
         self.model = model
         self.spec = spec
         self._rope = PinnedRope(model, spec)
@@ -101,7 +105,11 @@ class NeedleScorer:
 
     @torch.inference_mode()
     def score(
-        self, sample: NeedleSample, values: np.ndarray, attention_factor: float, start_tokens: int = 0
+        self,
+        sample: NeedleSample,
+        values: np.ndarray,
+        attention_factor: float,
+        start_tokens: int = 0,
     ) -> UnitScore:
         """Score one sample under one factor vector; the model is left as it was.
 
@@ -140,7 +148,9 @@ class NeedleScorer:
                 stack.enter_context(self._answer_attention(num_queries))
                 for layer in self._layers:
                     stack.enter_context(_mlp_in_chunks(layer, chunk_tokens))
-            return self.model(input_ids=input_ids, use_cache=False, logits_to_keep=num_queries).logits[0]
+            return self.model(
+                input_ids=input_ids, use_cache=False, logits_to_keep=num_queries
+            ).logits[0]
 
     # -------------------------------------------------------------------------------- attention and the last layer
 
@@ -181,15 +191,21 @@ class NeedleScorer:
         finally:
             self._collecting = False
         if self._last_keys_values is None:
-            raise RuntimeError(f"the last layer of {self.spec.model_type} never reached its attention")
+            raise RuntimeError(
+                f"the last layer of {self.spec.model_type} never reached its attention"
+            )
         last = self._num_queries
         kwargs = dict(kwargs)
         for name in ("hidden_states", "position_ids"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, -last:]
         if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(table[:, -last:] for table in kwargs["position_embeddings"])
-        return tuple(arg[:, -last:] if index == 0 else arg for index, arg in enumerate(args)), kwargs
+            kwargs["position_embeddings"] = tuple(
+                table[:, -last:] for table in kwargs["position_embeddings"]
+            )
+        return tuple(
+            arg[:, -last:] if index == 0 else arg for index, arg in enumerate(args)
+        ), kwargs
 
     def _attend(
         self,
@@ -214,7 +230,9 @@ class NeedleScorer:
         if self._collecting:
             raise _KeysValuesCollected(key, value)
         if attention_mask is not None or softcap is not None or s_aux is not None:
-            raise ValueError(f"{type(module).__name__} asks for a mask, a softcap or attention sinks")
+            raise ValueError(
+                f"{type(module).__name__} asks for a mask, a softcap or attention sinks"
+            )
         if self._last_keys_values is not None:
             key, value = self._last_keys_values
         num_keys = key.shape[2]
@@ -253,7 +271,11 @@ class NeedleScorer:
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         difference = float((short - plain).norm() / plain.norm())
         if not difference <= tolerance:
-            logger.warning("%s is scored by its own forward: logits differ by %.1e", self.spec.architecture, difference)
+            logger.warning(
+                "%s is scored by its own forward: logits differ by %.1e",
+                self.spec.architecture,
+                difference,
+            )
         return difference <= tolerance
 
 
@@ -283,7 +305,9 @@ def _mlp_in_chunks(layer: nn.Module, chunk_tokens: int) -> Iterator[None]:
             mlp.forward = replaced
 
 
-def _in_chunks(forward: Callable[..., torch.Tensor], chunk_tokens: int) -> Callable[..., torch.Tensor]:
+def _in_chunks(
+    forward: Callable[..., torch.Tensor], chunk_tokens: int
+) -> Callable[..., torch.Tensor]:
     def chunked(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or hidden.shape[1] <= chunk_tokens:
             return forward(hidden, *args, **kwargs)

@@ -46,7 +46,9 @@ class Candidate:
         """The whole vector, head derived."""
         values = assemble(self.critical_dim, self.tail)
         source = f"candidate {self.id}"
-        return RescaleFactors(values, self.attention_factor, self.critical_dim, source, self.start_tokens)
+        return RescaleFactors(
+            values, self.attention_factor, self.critical_dim, source, self.start_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ class SearchSpace:
                 f"got {max(search.start_tokens)}"
             )
         ratio = max(search.target_length / geometry.original_length, 1.0)
-        first, last = search.critical_dims or (max(geometry.ten_period_dim, 1), geometry.theoretical_critical_dim)
+        first, last = search.critical_dims or (
+            max(geometry.ten_period_dim, 1),
+            geometry.theoretical_critical_dim,
+        )
         if not 0 < first <= last < geometry.num_cosines:
             raise ValueError(
                 f"search.critical_dims: expected cosine indices in 1 ... {geometry.num_cosines - 1}, got {first}, {last}"
@@ -107,25 +112,41 @@ class SearchSpace:
         if search.dimensions == "all":
             dims, low = (0,), 1.0
             length = max(search.target_length, geometry.original_length)
-            vectors = [_start(start, geometry, length) for start in search.starts or LONGROPE_STARTS]
-            clipped = (tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors)
+            vectors = [
+                _start(start, geometry, length) for start in search.starts or LONGROPE_STARTS
+            ]
+            clipped = (
+                tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors
+            )
             starts = tuple(dict.fromkeys(clipped))
         if low < 1 or high < low:
             raise ValueError(
                 f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
                 f"got {search.tail_bounds[0]:g}, {search.tail_bounds[1]:g}"
             )
-        top = max(su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio))
+        top = max(
+            su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio)
+        )
         fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
         # [ours] a searched temperature may go twice as far from one as the strongest published rule
-        attention = search.attention_bounds or (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
-        return cls(geometry.num_cosines, dims, (low, high), attention, starts, tuple(search.start_tokens))
+        attention = (
+            search.attention_bounds or (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
+        )
+        return cls(
+            geometry.num_cosines, dims, (low, high), attention, starts, tuple(search.start_tokens)
+        )
 
 
 def _start(start: str | Sequence[float], geometry: RopeGeometry, target_length: int) -> np.ndarray:
     if isinstance(start, str) and start not in PLAIN:
-        raise ValueError(f"search.starts: expected {', '.join(PLAIN)} or a list of factors, got {start!r}")
-    vector = baseline(start, geometry, target_length) if isinstance(start, str) else RescaleFactors(np.array(start))
+        raise ValueError(
+            f"search.starts: expected {', '.join(PLAIN)} or a list of factors, got {start!r}"
+        )
+    vector = (
+        baseline(start, geometry, target_length)
+        if isinstance(start, str)
+        else RescaleFactors(np.array(start))
+    )
     if len(vector.values) != geometry.num_cosines:
         raise ValueError(
             f"search.starts: expected {geometry.num_cosines} numbers, one per cosine dimension of this model, got "

@@ -7,10 +7,20 @@ from typing import TypeVar
 
 from longrope2_ray.errors import RunDirError
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0  # between two tries to reach a storage that is away
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
+    0.25,
+    15.0,
+)  # between two tries to reach a storage that is away
 
 
-STORAGE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")  # with errors that are no OSError
+STORAGE_CLIENTS = (
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "azure",
+)  # with errors that are no OSError
 
 
 log = logging.getLogger("longrope2")
@@ -39,13 +49,20 @@ def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
             ):
                 raise
             # ImportError: the client of such URLs is not installed; NotImplementedError: it cannot do that
-            mends = not isinstance(error, (PermissionError, IsADirectoryError, ImportError, NotImplementedError))
+            mends = not isinstance(
+                error, (PermissionError, IsADirectoryError, ImportError, NotImplementedError)
+            )
             if not mends or time.monotonic() - began + pause > patience_seconds:
                 raise RunDirError(
                     f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
                     f"again to resume"
                 ) from error
             if pause == FIRST_PAUSE_SECONDS:
-                log.warning("cannot %s: %s; trying for %g s (storage.patience_seconds)", what, error, patience_seconds)
+                log.warning(
+                    "cannot %s: %s; trying for %g s (storage.patience_seconds)",
+                    what,
+                    error,
+                    patience_seconds,
+                )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

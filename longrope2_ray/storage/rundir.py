@@ -58,7 +58,12 @@ class RunDir:
         RunDirError: if the directory cannot be created or written.
     """
 
-    def __init__(self, url: str, folders: Iterable[str] = ("scores", "generations"), patience_seconds: float = 0.0):
+    def __init__(
+        self,
+        url: str,
+        folders: Iterable[str] = ("scores", "generations"),
+        patience_seconds: float = 0.0,
+    ):
         try:
             self.url = refuse_credentials(url)
         except ValueError as error:
@@ -77,7 +82,9 @@ class RunDir:
         self._corrupt: set[str] = set()
         self._segments: set[str] = set()  # of the ledger, read or written here
         self._run = ""  # digest of recipe and fingerprints, known once the directory is opened
-        self.claim: str | None = None  # name of the driver's file on whose behalf this object writes
+        self.claim: str | None = (
+            None  # name of the driver's file on whose behalf this object writes
+        )
 
     def create(self) -> None:
         """Make the directory and prove that it can be written to."""
@@ -113,7 +120,9 @@ class RunDir:
         try:
             self._patiently(lambda: self._write_once(target, data), f"write {target}")
         except OSError as error:  # its folder is not there
-            raise RunDirError(f"--run-dir: cannot write {target}: {error}; set another --run-dir") from error
+            raise RunDirError(
+                f"--run-dir: cannot write {target}: {error}; set another --run-dir"
+            ) from error
 
     def _write_once(self, target: UPath, data: bytes) -> None:
         if not self.local:
@@ -135,7 +144,9 @@ class RunDir:
     def write_json(self, name: str, payload: Mapping[str, Any], indent: int | None = 1) -> None:
         """Write ``payload`` with schema version and checksum; with ``indent`` None on one line, several times as fast."""
         body = {"schema_version": SCHEMA_VERSION, **payload}
-        text = json.dumps({**body, "sha256": _checksum(body)}, indent=indent, sort_keys=True, allow_nan=False)
+        text = json.dumps(
+            {**body, "sha256": _checksum(body)}, indent=indent, sort_keys=True, allow_nan=False
+        )
         self.write_bytes(name, text.encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -155,9 +166,13 @@ class RunDir:
         except ValueError as error:
             raise CorruptFileError(f"{path} is torn or corrupt: {error}") from error
         if not isinstance(body, dict) or body.pop("sha256", None) != _checksum(body):
-            raise CorruptFileError(f"{path} is torn or corrupt: its checksum does not match its content")
+            raise CorruptFileError(
+                f"{path} is torn or corrupt: its checksum does not match its content"
+            )
         if body.pop("schema_version") != SCHEMA_VERSION:
-            raise RunDirError(f"{path} was written by another version of this tool; set another --run-dir")
+            raise RunDirError(
+                f"{path} was written by another version of this tool; set another --run-dir"
+            )
         return body
 
     def read_or_skip(self, name: str) -> dict[str, Any] | None:
@@ -208,7 +223,9 @@ class RunDir:
             RunDirError: if the directory holds the run of another recipe, model or needle set.
         """
         self.create()
-        wanted = json.loads(json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)}))
+        wanted = json.loads(
+            json.dumps({"recipe": dict(recipe), "fingerprints": dict(fingerprints)})
+        )
         self._run = _checksum(wanted)[:16]
         found = self.read_or_skip("run.json")
         if found is None:
@@ -254,7 +271,11 @@ class RunDir:
         number = max((int(name.split("/")[1].split("-")[0]) for name in claims), default=0) + 1
         self._make_folder("drivers")
         self.claim = f"drivers/{number:06d}-{uuid.uuid4().hex[:8]}.json"
-        me = {"host": socket.gethostname(), "process": os.getpid(), "started": round(time.time(), 3)}
+        me = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "started": round(time.time(), 3),
+        }
         self.write_json(self.claim, me)
 
     def require_ownership(self) -> None:

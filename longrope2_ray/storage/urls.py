@@ -12,7 +12,9 @@ SECRET_KEYS = {
 }  # fmt: skip
 
 
-USER_INFO = re.compile(r"(?s)[^/?#:\[]+:(?!\d*(?:[/?#]|$)).*@|[^/?#]*@")  # a key may hold a slash, a port not
+USER_INFO = re.compile(
+    r"(?s)[^/?#:\[]+:(?!\d*(?:[/?#]|$)).*@|[^/?#]*@"
+)  # a key may hold a slash, a port not
 
 
 def refuse_credentials(url: str) -> str:
@@ -24,7 +26,9 @@ def refuse_credentials(url: str) -> str:
     scheme, found, rest = url.partition("://")
     if not found:
         return url
-    secret = any(unquote_plus(key).lower() in SECRET_KEYS for key in re.findall(r"[?&;#]([^=?&;#]+)=", rest))
+    secret = any(
+        unquote_plus(key).lower() in SECRET_KEYS for key in re.findall(r"[?&;#]([^=?&;#]+)=", rest)
+    )
     user = USER_INFO.match(rest)
     if user and ":" not in user[0] and scheme.rsplit("::", 1)[-1].lower() in AZURE:
         user = None  # the container

@@ -34,7 +34,9 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False) -> list[int]: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str: ...
 
@@ -66,7 +68,11 @@ def _words() -> tuple[list[str], list[str]]:
 
     words = RandomWord()
     adjectives, nouns = (
-        sorted(w for w in words.filter(include_parts_of_speech=[part]) if w.isalpha() and w.isascii() and w.islower())
+        sorted(
+            w
+            for w in words.filter(include_parts_of_speech=[part])
+            if w.isalpha() and w.isascii() and w.islower()
+        )
         for part in ("adjectives", "nouns")
     )
     return adjectives, nouns
@@ -133,7 +139,9 @@ def build_sample(
     document = list(document_ids[:room])
     cut = round(depth * room)
     ids = head + document[:cut] + needle + document[cut:] + question + answer
-    return NeedleSample(np.asarray(ids, dtype=np.int64), (length - len(answer), length), depth, key, value, book)
+    return NeedleSample(
+        np.asarray(ids, dtype=np.int64), (length - len(answer), length), depth, key, value, book
+    )
 
 
 def build_needle_set(
@@ -166,7 +174,9 @@ def build_needle_set(
 
     def ids_of(index: int) -> list[int]:
         if index not in encoded:
-            encoded[index] = tokenizer.encode(books[index].text, add_special_tokens=False, split_special_tokens=True)
+            encoded[index] = tokenizer.encode(
+                books[index].text, add_special_tokens=False, split_special_tokens=True
+            )
         return encoded[index]
 
     samples: list[NeedleSample] = []

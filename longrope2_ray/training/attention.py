@@ -47,7 +47,9 @@ def document_attention(
     return torch.cat(pieces, dim=2)
 
 
-def flash_varlen_inputs(ranges: np.ndarray, device: torch.device, window: int | None) -> dict[str, Any]:
+def flash_varlen_inputs(
+    ranges: np.ndarray, device: torch.device, window: int | None
+) -> dict[str, Any]:
     """Arguments of flash-attn's varlen call beside the tensors and the scale."""
     bounds = torch.as_tensor(np.asarray(ranges, dtype=np.int32), device=device)
     longest = int(np.diff(ranges).max())
@@ -72,7 +74,9 @@ def _flash_varlen(
     from flash_attn import flash_attn_varlen_func
 
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (T, H, E)
-    out = flash_attn_varlen_func(*rows, softmax_scale=scaling, **flash_varlen_inputs(ranges, query.device, window))
+    out = flash_attn_varlen_func(
+        *rows, softmax_scale=scaling, **flash_varlen_inputs(ranges, query.device, window)
+    )
     return out.transpose(0, 1)[None]
 
 
@@ -114,7 +118,9 @@ class SegmentAttention:
     nor its guess about packed documents comes into play.
     """
 
-    def __init__(self, model: "PreTrainedModel", kernel: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", kernel: str, group: dist.ProcessGroup | None
+    ) -> None:
         from transformers import AttentionInterface
 
         self._kernel, self._group = kernel, group
@@ -142,9 +148,17 @@ class SegmentAttention:
                 "which training does not support"
             )
         if self._group is not None:
-            query, key, value = (gather_sequence(tensor, self._group) for tensor in (query, key, value))
+            query, key, value = (
+                gather_sequence(tensor, self._group) for tensor in (query, key, value)
+            )
         out = document_attention(
-            query, key, value, self.ranges, scaling=scaling, window=sliding_window or None, kernel=self._kernel
+            query,
+            key,
+            value,
+            self.ranges,
+            scaling=scaling,
+            window=sliding_window or None,
+            kernel=self._kernel,
         )
         if self._group is not None:
             out = scatter_sequence(out, self._group)

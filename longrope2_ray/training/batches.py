@@ -20,9 +20,13 @@ def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> Non
     """
     degree, batch = settings.sequence_parallel, settings.global_batch_size
     if num_kv_heads % degree:
-        raise ValueError(f"train.sequence_parallel: expected a divisor of {num_kv_heads} KV heads, got {degree}")
+        raise ValueError(
+            f"train.sequence_parallel: expected a divisor of {num_kv_heads} KV heads, got {degree}"
+        )
     if world % degree:
-        raise ValueError(f"train.sequence_parallel: expected a divisor of {world} workers, got {degree}")
+        raise ValueError(
+            f"train.sequence_parallel: expected a divisor of {world} workers, got {degree}"
+        )
     if batch % (world // degree):
         raise ValueError(
             f"train.global_batch_size: expected a multiple of {world // degree} "

@@ -80,7 +80,9 @@ class _TensorPlanner(DefaultLoadPlanner):
 
 
 def _refused(place: str | Path, what: object) -> ValueError:
-    named = re.search(r"GLOBAL (\S+)", str(what)) or re.search("(.+)", str(what))  # torch's message has many lines
+    named = re.search(r"GLOBAL (\S+)", str(what)) or re.search(
+        "(.+)", str(what)
+    )  # torch's message has many lines
     return ValueError(
         f"{place} is no checkpoint of a training, it holds something else ({named[1] if named else 'nothing'}), and "
         f"none of it was run; find out who wrote it, remove the checkpoint and run again to go on from an older one"

@@ -36,9 +36,19 @@ def is_whole(folder: str, rank: int, world: int) -> bool:
     """Whether the files of a checkpoint are what was written; each of ``world`` workers looks at its share of them."""
     seals = sorted(Path(folder).glob("whole-*.json"))
     try:
-        expected = [item for path in seals for item in json.loads(path.read_text())["sha256"].items()]
-        return bool(seals) and all(_digest(Path(folder, name)) == sum for name, sum in expected[rank::world])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or no seal any more
+        expected = [
+            item for path in seals for item in json.loads(path.read_text())["sha256"].items()
+        ]
+        return bool(seals) and all(
+            _digest(Path(folder, name)) == sum for name, sum in expected[rank::world]
+        )
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # not there, or no seal any more
         return False
 
 
@@ -102,14 +112,18 @@ class Snapshots:
     def _names(self, path: str, kind: str) -> list[str]:
         try:
             return sorted(
-                entry["name"].rstrip("/") for entry in self._files.ls(path, detail=True) if entry["type"] == kind
+                entry["name"].rstrip("/")
+                for entry in self._files.ls(path, detail=True)
+                if entry["type"] == kind
             )
         except FileNotFoundError:
             return []
 
     def _step(self, path: str) -> int | None:
         """The step of a checkpoint that all of its workers have sealed."""
-        seals = [name for name in self._names(path, "file") if Path(name).match("whole-*-of-*.json")]
+        seals = [
+            name for name in self._names(path, "file") if Path(name).match("whole-*-of-*.json")
+        ]
         worlds = [int(name[-10:-5]) for name in seals]
         if not seals or worlds.count(worlds[0]) < worlds[0]:
             return None

@@ -90,7 +90,9 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     model, settings, target = recipe.model, recipe.train, recipe.search.target_length
     check_attention(model.attention, model.device)
     if model.attention == "flash_attention_2" and settings.dtype == "float32":
-        raise ValueError("train.dtype: expected 'bfloat16' with model.attention = 'flash_attention_2', got 'float32'")
+        raise ValueError(
+            "train.dtype: expected 'bfloat16' with model.attention = 'flash_attention_2', got 'float32'"
+        )
     spec = read_spec(model.path, original_length=model.original_length, **model.reading)
     require_sight(spec, model.path, target)
     reader = SegmentReader(run_dir)
@@ -114,7 +116,8 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     flat = {
         name: value
         for name, value in flatten(recipe).items()
-        if name == "model.sliding_window" or (name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS))
+        if name == "model.sliding_window"
+        or (name.startswith("train.") and not name.startswith(TRAIN_FREE_FIELDS))
     }
     prints = {
         "model": model_fingerprint(model.path, **model.files),
@@ -125,7 +128,11 @@ def prepare_training(recipe: Recipe, run_dir: RunDir) -> tuple[TrainJob, RunDir,
     facts = {"num_segments": len(reader), "source": factors.source}
     resumed = train_dir.open(flat, prints, recipe.model_dump(mode="json"), facts)
     url = str(run_dir.path.absolute()) if run_dir.local else run_dir.url
-    return TrainJob(recipe, spec, factors, settings.max_steps or epoch, url, uuid.uuid4().hex), train_dir, resumed
+    return (
+        TrainJob(recipe, spec, factors, settings.max_steps or epoch, url, uuid.uuid4().hex),
+        train_dir,
+        resumed,
+    )
 
 
 def _digest(numbers: list[Any]) -> str:
@@ -208,11 +215,19 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.threads)
     loaded = (
-        load_skeleton(model.path, **model.reading) if rank else load_model(model.path, **model.reading, device="cpu")
+        load_skeleton(model.path, **model.reading)
+        if rank
+        else load_model(model.path, **model.reading, device="cpu")
     )
     device = torch.device("cpu") if model.device == "cpu" else get_device()
     trainer = MixedTrainer(
-        loaded, job.spec, job.factors, settings, job.num_steps, kernel=model.attention, device=device
+        loaded,
+        job.spec,
+        job.factors,
+        settings,
+        job.num_steps,
+        kernel=model.attention,
+        device=device,
     )
     reader = SegmentReader(run_dir)
     train_dir = RunDir(f"{job.url}/{job.folder}", patience_seconds=run_dir.patience_seconds)
@@ -222,7 +237,9 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
         began = time.perf_counter()
         if rank == 0:
             train_dir.require_ownership()
-        segments = [reader[index] for index in trainer.share(batch_indices(step, len(reader), settings))]
+        segments = [
+            reader[index] for index in trainer.share(batch_indices(step, len(reader), settings))
+        ]
         result = trainer.step(step, segments)
         if not math.isfinite(result.loss + result.grad_norm):
             raise ValueError(
@@ -238,7 +255,8 @@ def _train(job: TrainJob, run_dir: RunDir) -> None:
                 trainer.save(folder, step)
                 seal(folder, step, rank, world)
                 ray.train.report(
-                    {"step": step, "loss": result.loss}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+                    {"step": step, "loss": result.loss},
+                    checkpoint=ray.train.Checkpoint.from_directory(folder),
                 )
     weights = trainer.weights()
     if rank == 0:
@@ -278,7 +296,9 @@ def _peak_flops(device_name: str) -> float | None:
     from longrope2_ray.model.costs import ACCELERATORS
 
     name = device_name.lower().replace(" ", "").replace("-", "")
-    known = [device.tflops * 1e12 for key, device in ACCELERATORS.items() if key.split("-")[0] in name]
+    known = [
+        device.tflops * 1e12 for key, device in ACCELERATORS.items() if key.split("-")[0] in name
+    ]
     return known[0] if known else None
 
 
@@ -290,7 +310,9 @@ def save_model(job: TrainJob, weights: dict[str, Any], run_dir: RunDir) -> None:
 
     model, target = job.recipe.model, job.recipe.search.target_length
     config = read_config(model.path, **model.reading)
-    dtype = DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), DTYPES[job.recipe.train.dtype])
+    dtype = DTYPES.get(
+        str(getattr(config, "dtype", None)).removeprefix("torch."), DTYPES[job.recipe.train.dtype]
+    )
     config = extended_config(config, job.spec, job.factors, target, job.recipe.train.mixed)
     place = run_dir.path / job.folder / MODEL_FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -332,7 +354,9 @@ def watching(train_dir: RunDir, observe: Callable[[Row], None]) -> Iterator[None
         look()
 
 
-def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None]) -> dict[str, Any]:
+def run_training(
+    job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None]
+) -> dict[str, Any]:
     """Train on the Ray that is there, from the last checkpoint if there is one; the content of its ``result.json``.
 
     Raises:
@@ -346,7 +370,9 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     settings, cluster = job.recipe.train, ray.cluster_resources()
-    use_gpu = job.recipe.model.device == "cuda" or (job.recipe.model.device == "auto" and cluster.get("GPU", 0) > 0)
+    use_gpu = job.recipe.model.device == "cuda" or (
+        job.recipe.model.device == "auto" and cluster.get("GPU", 0) > 0
+    )
     workers = settings.num_workers or (int(cluster.get("GPU", 0)) if use_gpu else 1)
     kind, each = ("GPU", 1.0) if use_gpu else ("CPU", settings.cpus_per_worker)
     if workers * each > cluster.get(kind, 0) and not os.environ.get("RAY_ADDRESS"):
@@ -355,7 +381,9 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
             f"{cluster.get(kind, 0):g} {kind}"
         )
     check_parallel(workers, job.spec.num_kv_heads, settings)
-    train_dir.patience_seconds = job.recipe.storage.patience_seconds  # from here on something could be lost
+    train_dir.patience_seconds = (
+        job.recipe.storage.patience_seconds
+    )  # from here on something could be lost
     train_dir.take_over()
     snapshots = Snapshots(f"{job.url}/{job.folder}", train_dir.patience_seconds)
     snapshots.prune()
@@ -365,7 +393,8 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": settings.cpus_per_worker}
+            | ({"GPU": 1} if use_gpu else {}),
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
@@ -390,7 +419,9 @@ def run_training(job: TrainJob, train_dir: RunDir, observe: Callable[[Row], None
         raise StoppedError(stop["message"])
     last = train_dir.read_or_skip(f"steps/{job.num_steps:07d}.json")
     if last is None:
-        raise StoppedError(f"training ended without its last step in {train_dir.url}; run again to resume")
+        raise StoppedError(
+            f"training ended without its last step in {train_dir.url}; run again to resume"
+        )
     result = {name: last[name] for name in ("step", "loss", "window_losses", "num_tokens")}
     train_dir.write_json("result.json", {**result, "factors": job.factors.values.tolist(), "source": job.factors.source,
                                          "attention_factor": job.factors.attention_factor, "mixed": settings.mixed})  # fmt: skip

@@ -31,13 +31,17 @@ class SegmentLoss(nn.Module):
         self.model = model
         self._chunk_tokens = chunk_tokens
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         """(1, t) ids, positions and targets to a float32 scalar."""
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
         ).last_hidden_state[0]
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows, wanted in zip(hidden.split(self._chunk_tokens), targets[0].split(self._chunk_tokens), strict=True):
+        for rows, wanted in zip(
+            hidden.split(self._chunk_tokens), targets[0].split(self._chunk_tokens), strict=True
+        ):
             total = total + checkpoint(self._chunk, rows, wanted, use_reentrant=False)
         return total
 
@@ -96,7 +100,9 @@ def _probe(loss: SegmentLoss, vocab_size: int) -> tuple[float, float, float]:
         attention.ranges = np.arange(count + 1, dtype=np.int32) * _PROBE_TOKENS
         targets = torch.full((count * _PROBE_TOKENS,), IGNORED, device=device)
         targets[-_PROBE_TOKENS:-1] = document[1:]
-        return float(loss(torch.cat(list(documents))[None], positions.repeat(count)[None], targets[None]))
+        return float(
+            loss(torch.cat(list(documents))[None], positions.repeat(count)[None], targets[None])
+        )
 
     behind = [nll([other, document]) for other in (document, document.flip(0))]
     return float(own), nll([document]), abs(behind[0] - behind[1])

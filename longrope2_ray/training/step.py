@@ -102,21 +102,35 @@ class MixedTrainer:
     ) -> None:
         degree, world = settings.sequence_parallel, dist.get_world_size()
         check_parallel(world, spec.num_kv_heads, settings)
-        self._settings, self._factors, self._num_steps, self._world = settings, factors, num_steps, world
+        self._settings, self._factors, self._num_steps, self._world = (
+            settings,
+            factors,
+            num_steps,
+            world,
+        )
         self._device = device or torch.device("cpu")
         model.requires_grad_(True).train()
         without_noise(model)
-        mesh = init_device_mesh(self._device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
-        self._data_rank, self._sequence_rank = mesh.get_local_rank("data"), mesh.get_local_rank("sequence")
+        mesh = init_device_mesh(
+            self._device.type, (world // degree, degree), mesh_dim_names=("data", "sequence")
+        )
+        self._data_rank, self._sequence_rank = (
+            mesh.get_local_rank("data"),
+            mesh.get_local_rank("sequence"),
+        )
         loss = SegmentLoss(model, settings.loss_chunk_tokens)
         if dist.get_rank() == 0:
             require_trainable(loss, spec.vocab_size)
-        self._attention = SegmentAttention(model, kernel, mesh.get_group("sequence") if degree > 1 else None)
+        self._attention = SegmentAttention(
+            model, kernel, mesh.get_group("sequence") if degree > 1 else None
+        )
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         weights, buffers = loss.state_dict(), dict(loss.named_buffers())
         _forget_weights(model)
-        self._loss = _shard(loss, model, spec, init_device_mesh(self._device.type, (world,)), settings)
+        self._loss = _shard(
+            loss, model, spec, init_device_mesh(self._device.type, (world,)), settings
+        )
         _fill_from_first_rank(loss, model, weights, buffers, self._device)
         self._rope = PinnedRope(model, spec)
         self.optimizer = torch.optim.AdamW(
@@ -151,10 +165,16 @@ class MixedTrainer:
         self.optimizer.step()
         own_positions = float(sum(targets.numel() for _, _, targets in inputs))
         own_pairs = sum(
-            float((np.diff(attention_ranges(segment)).astype(float) ** 2).sum() / 2) for segment in segments
+            float((np.diff(attention_ranges(segment)).astype(float) ** 2).sum() / 2)
+            for segment in segments
         )
         short, num_short, long, num_long, num_positions, num_pairs = self._all_reduce(
-            [*sums["short"], *sums["long"], own_positions, own_pairs / self._settings.sequence_parallel]
+            [
+                *sums["short"],
+                *sums["long"],
+                own_positions,
+                own_pairs / self._settings.sequence_parallel,
+            ]
         )
         losses = {"short": (short, num_short), "long": (long, num_long)}
         return StepResult(
@@ -183,7 +203,8 @@ class MixedTrainer:
         part = slice(self._sequence_rank * tokens, (self._sequence_rank + 1) * tokens)
         arrays = (segment.input_ids, position_ids_of(segment), targets_of(segment))
         ids, positions, targets = (
-            torch.as_tensor(array[part], dtype=torch.int64, device=self._device)[None] for array in arrays
+            torch.as_tensor(array[part], dtype=torch.int64, device=self._device)[None]
+            for array in arrays
         )
         return ids, positions, targets
 
@@ -201,7 +222,10 @@ class MixedTrainer:
     def save(self, folder: str, step: int) -> None:
         """Write this rank's part of a checkpoint after ``step`` steps; rate and data position follow from the step."""
         model, optimizer = get_state_dict(self._loss, self.optimizer)
-        save_checkpoint({"model": model, "optimizer": optimizer, "step": torch.tensor(step)}, checkpoint_id=folder)
+        save_checkpoint(
+            {"model": model, "optimizer": optimizer, "step": torch.tensor(step)},
+            checkpoint_id=folder,
+        )
 
     def load(self, folder: str) -> int:
         """Take up a checkpoint, written by any number of ranks; returns its step.
@@ -214,7 +238,9 @@ class MixedTrainer:
         model, optimizer = get_state_dict(self._loss, self.optimizer)
         step = torch.tensor(0)
         state = {"model": model, "optimizer": {"state": optimizer["state"]}, "step": step}
-        reader = _DataReader(folder)  # not below: torch would go on without the metadata that this refuses
+        reader = _DataReader(
+            folder
+        )  # not below: torch would go on without the metadata that this refuses
         try:
             load_checkpoint(state, storage_reader=reader, planner=_TensorPlanner())
         except CheckpointException as error:
@@ -222,7 +248,9 @@ class MixedTrainer:
                 if isinstance(failure, pickle.UnpicklingError):
                     raise _refused(folder, failure) from error
             raise
-        set_state_dict(self._loss, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        set_state_dict(
+            self._loss, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
+        )
         return int(step)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -233,7 +261,11 @@ class MixedTrainer:
 
 
 def _shard(
-    loss: SegmentLoss, model: "PreTrainedModel", spec: ModelSpec, mesh: DeviceMesh, settings: TrainSection
+    loss: SegmentLoss,
+    model: "PreTrainedModel",
+    spec: ModelSpec,
+    mesh: DeviceMesh,
+    settings: TrainSection,
 ) -> SegmentLoss:
     """FSDP2 over all ranks: each layer, then the rest; compute in ``train.dtype``, gradients reduced in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

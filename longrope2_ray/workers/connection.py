@@ -31,7 +31,9 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         deadline.daemon = True
         deadline.start()
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # plain init would leave a token that later starts trip over
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "disabled"
+        )  # plain init would leave a token that later starts trip over
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -43,7 +45,9 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}") from error
+        raise ValueError(
+            f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}"
+        ) from error
     finally:
         if deadline is not None:
             deadline.cancel()

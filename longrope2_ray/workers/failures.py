@@ -16,7 +16,11 @@ class Decision(Enum):
 
 
 def decide(
-    kind: Literal["died", "raised"], message: str, attempts: int, max_attempts: int, fitted: bool = False
+    kind: Literal["died", "raised"],
+    message: str,
+    attempts: int,
+    max_attempts: int,
+    fitted: bool = False,
 ) -> tuple[Decision, str]:
     """What to do about a failure, and why (which recipe field mends it).
 

@@ -44,7 +44,12 @@ class Scorer:
         needle_sets: name -> samples, the same objects for every scorer.
     """
 
-    def __init__(self, model: ModelSection, settings: ScorerSection, needle_sets: Mapping[str, Sequence[NeedleSample]]):
+    def __init__(
+        self,
+        model: ModelSection,
+        settings: ScorerSection,
+        needle_sets: Mapping[str, Sequence[NeedleSample]],
+    ):
         self._model, self._settings, self._needle_sets = model, settings, needle_sets
 
     def place(self) -> tuple[int, str]:
@@ -71,7 +76,12 @@ class Scorer:
         self._scorer = NeedleScorer(loaded, spec, mlp_chunk_tokens=settings.mlp_chunk_tokens)
 
     def score(
-        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float, start_tokens: int
+        self,
+        needle_set: str,
+        sample: int,
+        values: Sequence[float],
+        attention_factor: float,
+        start_tokens: int,
     ) -> tuple[float, int, bool, float]:
         """(nll_sum, num_tokens, correct, seconds) of one sample under one vector."""
         needle = self._needle_sets[needle_set][sample]
@@ -123,12 +133,16 @@ class ScorerPool:
         self._slots: dict[str, _Slot] = {}
         self._idle: dict[str, _Slot] = {}
         self._asked: dict[Future[Any], _Slot] = {}  # answer that has not come yet -> who owes it
-        self._answers: SimpleQueue[Future[Any]] = SimpleQueue()  # those that have come, some of them nobody's any more
+        self._answers: SimpleQueue[Future[Any]] = (
+            SimpleQueue()
+        )  # those that have come, some of them nobody's any more
         self._scores: list[Score] = []  # that have come in; another's failure loses none of them
         self._stopped: StoppedError | None = None  # a failure among the answers that will not mend
         self._queue: deque[Unit] = deque()
         self._attempts: dict[tuple[str, str, int], int] = {}
-        self._disputed: dict[tuple[str, str, int], str] = {}  # unit -> who said that its score is not finite
+        self._disputed: dict[
+            tuple[str, str, int], str
+        ] = {}  # unit -> who said that its score is not finite
         self._losses = dict.fromkeys(("requeued", "deaths", "preemptions", "stalls", "disputed"), 0)
         self._made = self._failed_starts = 0
         self._resized, self._last_ready = -math.inf, time.monotonic()
@@ -194,7 +208,11 @@ class ScorerPool:
 
     def process_ids(self) -> dict[str, int]:
         """Name -> process id of the scorers that are up; for tests and people."""
-        return {slot.name: slot.process for slot in self._slots.values() if slot.stage in ("idle", "busy")}
+        return {
+            slot.name: slot.process
+            for slot in self._slots.values()
+            if slot.stage in ("idle", "busy")
+        }
 
     def close(self) -> None:
         """Stop every scorer."""
@@ -213,7 +231,9 @@ class ScorerPool:
         else:
             answer = ref.future()
             self._asked[answer] = slot
-            answer.add_done_callback(self._answers.put)  # a look costs the same however many are asked
+            answer.add_done_callback(
+                self._answers.put
+            )  # a look costs the same however many are asked
 
     def _dispatch(self) -> None:
         while self._queue and self._idle:
@@ -228,7 +248,9 @@ class ScorerPool:
             slot.unit, slot.handed_out = unit, time.time()
             vector = unit.factors
             numbers = vector.values.tolist(), vector.attention_factor, vector.start_tokens
-            self._enter(slot, "busy", slot.actor.score.remote(unit.needle_set, unit.sample, *numbers))
+            self._enter(
+                slot, "busy", slot.actor.score.remote(unit.needle_set, unit.sample, *numbers)
+            )
 
     def _collect(self, answer: Future[Any]) -> Score | None:
         """The score that an actor came back with; None if it only came up, or failed and its unit was requeued."""
@@ -261,7 +283,13 @@ class ScorerPool:
         return self._judge(slot, unit, *result)
 
     def _judge(
-        self, slot: _Slot, unit: Unit, nll_sum: float | None, num_tokens: int, correct: bool, seconds: float
+        self,
+        slot: _Slot,
+        unit: Unit,
+        nll_sum: float | None,
+        num_tokens: int,
+        correct: bool,
+        seconds: float,
     ) -> Score | None:
         """A finite number counts. One that is not counts if a second opinion agrees, and who was wrong is replaced."""
         doubter = self._disputed.pop(unit.key, None)
@@ -273,16 +301,34 @@ class ScorerPool:
                 self._losses["disputed"] += 1
                 self._requeue(unit)
                 return None
-            log.warning("%s is not finite on sample %d of %s: it is out", unit.vector_id, unit.sample, unit.needle_set)
+            log.warning(
+                "%s is not finite on sample %d of %s: it is out",
+                unit.vector_id,
+                unit.sample,
+                unit.needle_set,
+            )
             nll_sum = None  # PENALIZE: no number, no place among the survivors
         elif doubter in self._slots:
             log.warning("%s gave no number where %s gave one: it is replaced", doubter, slot.name)
             self._drop(self._slots[str(doubter)])
         self._attempts.pop(unit.key, None)
-        return Score(*unit.key, nll_sum, num_tokens, correct, round(seconds, 4), slot.name, round(slot.handed_out, 3))
+        return Score(
+            *unit.key,
+            nll_sum,
+            num_tokens,
+            correct,
+            round(seconds, 4),
+            slot.name,
+            round(slot.handed_out, 3),
+        )
 
     def _failed(
-        self, slot: _Slot, unit: Unit | None, kind: Literal["died", "raised"], message: str, blameless: bool = False
+        self,
+        slot: _Slot,
+        unit: Unit | None,
+        kind: Literal["died", "raised"],
+        message: str,
+        blameless: bool = False,
     ) -> None:
         """Requeue the unit, or stop. ``blameless`` is a death that says nothing about the unit or the start.
 
@@ -292,22 +338,32 @@ class ScorerPool:
         if unit is None:
             self._failed_starts += not blameless
             attempts = self._failed_starts
-            self._next_start = time.monotonic() + min(2.0 ** (attempts - 1), 300) if attempts else -math.inf
+            self._next_start = (
+                time.monotonic() + min(2.0 ** (attempts - 1), 300) if attempts else -math.inf
+            )
         else:
             attempts = self._attempts[unit.key] = self._attempts.get(unit.key, 0) + (not blameless)
-        decision, hint = decide(kind, message, attempts, self._settings.max_attempts, fitted=slot.num_scored > 0)
+        decision, hint = decide(
+            kind, message, attempts, self._settings.max_attempts, fitted=slot.num_scored > 0
+        )
         # An exception's own words come last; Ray gives its reason of a death somewhere inside.
         lines = message.strip().splitlines() or [""]
         reasons = [line for line in lines if "because" in line or _MEMORY.search(line)]
-        message = textwrap.shorten(lines[-1] if kind == "raised" else " ".join(reasons or lines[:1]), 240)
-        others_work = unit is None and any(s.stage in ("idle", "busy") for s in self._slots.values())
+        message = textwrap.shorten(
+            lines[-1] if kind == "raised" else " ".join(reasons or lines[:1]), 240
+        )
+        others_work = unit is None and any(
+            s.stage in ("idle", "busy") for s in self._slots.values()
+        )
         doing = f"scoring sample {unit.sample} of {unit.needle_set}" if unit else "starting"
         if decision is Decision.STOP and not others_work:
             raise StoppedError(f"{slot.name} failed {doing}: {message} ({hint})")
         log.warning("%s %s while %s: %s; %s", slot.name, kind, doing, message, hint)
         if unit is not None:
             self._requeue(unit)
-        self._drop(slot)  # gone, or of no use: one that raised would fail the next unit as fast, and take all of them
+        self._drop(
+            slot
+        )  # gone, or of no use: one that raised would fail the next unit as fast, and take all of them
 
     def _requeue(self, unit: Unit) -> None:
         self._queue.appendleft(unit)
@@ -389,8 +445,8 @@ def scorer_factory(
     def make(name: str) -> ActorHandle:
         # The driver owns retries: Ray's own run a killed call twice.
         options: dict[str, Any] = {"name": name, "max_restarts": 0, "max_task_retries": 0}
-        return actor_class.options(**options, num_cpus=resources["CPU"], num_gpus=resources["GPU"]).remote(
-            model, settings, needle_sets
-        )
+        return actor_class.options(
+            **options, num_cpus=resources["CPU"], num_gpus=resources["GPU"]
+        ).remote(model, settings, needle_sets)
 
     return make

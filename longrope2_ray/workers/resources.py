@@ -13,13 +13,16 @@ log = logging.getLogger("longrope2")
 def capacity(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:
     """How many actors of ``resources`` each the nodes have room for; none spans two."""
     return sum(
-        int(min(node.get(name, 0) / amount + 1e-9 for name, amount in resources.items() if amount)) for node in nodes
+        int(min(node.get(name, 0) / amount + 1e-9 for name, amount in resources.items() if amount))
+        for node in nodes
     )
 
 
 def node_resources(without: Collection[str] = ()) -> list[Mapping[str, float]]:
     """What each living node of the cluster has, but for those whose ids are in ``without``."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+    return [
+        node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without
+    ]
 
 
 def draining_nodes() -> set[str]:
@@ -36,7 +39,9 @@ def _brief(cluster: Mapping[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in cluster.items() if name in ("CPU", "GPU")}
 
 
-def scorer_resources(settings: ScorerSection, device: str, cluster: Mapping[str, float]) -> dict[str, float]:
+def scorer_resources(
+    settings: ScorerSection, device: str, cluster: Mapping[str, float]
+) -> dict[str, float]:
     """What one scorer takes: CPUs, and GPUs where the cluster has any and the recipe does not say cpu."""
     with_gpu = device == "cuda" or (device == "auto" and cluster.get("GPU", 0) > 0)
     return {"CPU": settings.cpus_per_scorer, "GPU": settings.gpus_per_scorer if with_gpu else 0}

@@ -28,7 +28,9 @@ def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> N
     spec, imports, began = read_spec(model), peak_mib(), time.perf_counter()
     loaded = load_skeleton(model) if rank and not all_read else load_model(model, device="cpu")
     settings = TrainSection(global_batch_size=workers, dtype="float32")
-    MixedTrainer(loaded, spec, RescaleFactors(np.full(spec.rotary_dim // 2, 2.0)), settings, num_steps=1)
+    MixedTrainer(
+        loaded, spec, RescaleFactors(np.full(spec.rotary_dim // 2, 2.0)), settings, num_steps=1
+    )
     dist.barrier()
     how = "all read" if all_read else "first reads"
     print(
@@ -40,13 +42,17 @@ def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="bundled:reference")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for all_read in (True, False):
         store = tempfile.mkstemp()[1]
-        multiprocessing.spawn(worker, args=(args.workers, args.model, all_read, store), nprocs=args.workers)
+        multiprocessing.spawn(
+            worker, args=(args.workers, args.model, all_read, store), nprocs=args.workers
+        )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,12 @@ def measure(num_scorers: int, seconds: float, candidates: int, samples: int) -> 
     recipe = Recipe(
         name="bench",
         model={"path": "none"},
-        search={"target_length": 131072, "population_size": candidates, "iterations": 0, "racing": "off"},
+        search={
+            "target_length": 131072,
+            "population_size": candidates,
+            "iterations": 0,
+            "racing": "off",
+        },
         report={"methods": ["longrope2"], "num_samples": 1},
     )
     remote = ray.remote(SleepingScorer)
@@ -56,7 +61,10 @@ def measure(num_scorers: int, seconds: float, candidates: int, samples: int) -> 
         run_dir = RunDir(folder)
         run_dir.create()
         pool = ScorerPool(
-            lambda name: remote.options(num_cpus=0).remote(seconds), num_scorers, {"CPU": 0}, ScorerSection()
+            lambda name: remote.options(num_cpus=0).remote(seconds),
+            num_scorers,
+            {"CPU": 0},
+            ScorerSection(),
         )
         while pool.counts()["starting"]:
             pool.wait()
@@ -69,7 +77,9 @@ def measure(num_scorers: int, seconds: float, candidates: int, samples: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scorers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)

@@ -54,7 +54,10 @@ def _sample(seed: int) -> tuple[float, np.ndarray]:
     return float(rng.lognormal(0, 0.4)), rng.dirichlet(np.ones(len(IDEAL)))
 
 
-SAMPLES = {True: [_sample(s) for s in range(NUM_SAMPLES)], False: [_sample(1000 + s) for s in range(NUM_SAMPLES)]}
+SAMPLES = {
+    True: [_sample(s) for s in range(NUM_SAMPLES)],
+    False: [_sample(1000 + s) for s in range(NUM_SAMPLES)],
+}
 
 
 def nll(values: np.ndarray, needle_set: str, sample: int) -> float:
@@ -63,7 +66,9 @@ def nll(values: np.ndarray, needle_set: str, sample: int) -> float:
     return NUM_TOKENS * hardness * (0.02 + 10 * float(weights @ np.log(values / IDEAL) ** 2))
 
 
-def attempt(values: np.ndarray, needle_set: str, sample: int, number: int, mean_seconds: float) -> tuple[float, bool]:
+def attempt(
+    values: np.ndarray, needle_set: str, sample: int, number: int, mean_seconds: float
+) -> tuple[float, bool]:
     """(seconds, whether it fails) of the ``number``-th attempt at a unit."""
     content = f"{values.tolist()} {needle_set} {sample} {number}".encode()
     rng = np.random.default_rng(zlib.crc32(content))
@@ -139,7 +144,9 @@ def table_row(trace: Trace, run_dir: RunDir, scorers: int) -> list[str]:
     for (id, name, sample), score in ledger.items():
         if name != SEARCH_SET:
             reported.setdefault(id, {})[sample] = score.nll_sum
-    needed = asked | {id for id, row in reported.items() if tuple(row[s] for s in sorted(row)) in rows}
+    needed = asked | {
+        id for id, row in reported.items() if tuple(row[s] for s in sorted(row)) in rows
+    }
     began, closed = min(start for start, _, _ in trace.intervals), trace.closed
 
     def busy(since: float, until: float, only_needed: bool = False) -> float:
@@ -152,7 +159,8 @@ def table_row(trace: Trace, run_dir: RunDir, scorers: int) -> list[str]:
     wall = closed[-1] - began
     mean = statistics.fmean(end - start for start, end, key in trace.intervals if key)
     idle = statistics.median(
-        (until - since) - busy(since, until) / scorers for since, until in itertools.pairwise([began, *closed])
+        (until - since) - busy(since, until) / scorers
+        for since, until in itertools.pairwise([began, *closed])
     )
     units = len(ledger)
     wasted = sum(key[0] not in needed for key in ledger)
@@ -216,7 +224,12 @@ class SleepingScorers:
         pass
 
     async def score(
-        self, needle_set: str, sample: int, values: Sequence[float], attention_factor: float, start_tokens: int
+        self,
+        needle_set: str,
+        sample: int,
+        values: Sequence[float],
+        attention_factor: float,
+        start_tokens: int,
     ) -> tuple[float, int, bool, float]:
         began, vector = time.time(), np.array(values)
         key = (vector.tobytes(), needle_set, sample)
@@ -239,14 +252,20 @@ def on_ray(args: argparse.Namespace) -> None:
     from longrope2_ray.workers.pool import ScorerPool
 
     def one(scorers: int, settings: Recipe, run_dir: RunDir) -> Trace:
-        actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
+        actor = (
+            ray.remote(SleepingScorers)
+            .options(num_cpus=0, max_concurrency=2 * scorers)
+            .remote(args.seconds)
+        )
         limits = ScorerSection(max_attempts=10)
         pool = ScorerPool(lambda name: actor, scorers, {"CPU": 0}, limits)
         while pool.counts()["starting"]:
             pool.wait()
         with patch.object(ray, "kill"):  # the one that stands for all outlives those that fail
             trace = search(settings, run_dir, pool, time.time)
-        trace.intervals = [(s.started, s.started + s.seconds, s.key) for s in run_dir.load_scores().values()]
+        trace.intervals = [
+            (s.started, s.started + s.seconds, s.key) for s in run_dir.load_scores().values()
+        ]
         trace.intervals += [(began, ended, None) for began, ended in ray.get(actor.failed.remote())]
         pool.close()
         return trace
@@ -263,11 +282,17 @@ def floor(args: argparse.Namespace, duration: float = 40.0) -> None:
     values = IDEAL.tolist()
     with ray_session():
         for scorers in args.scorers:
-            actor = ray.remote(SleepingScorers).options(num_cpus=0, max_concurrency=2 * scorers).remote(args.seconds)
+            actor = (
+                ray.remote(SleepingScorers)
+                .options(num_cpus=0, max_concurrency=2 * scorers)
+                .remote(args.seconds)
+            )
             answers: SimpleQueue[Any] = SimpleQueue()
 
             def ask(number: int, actor: Any = actor, answers: SimpleQueue[Any] = answers) -> None:
-                answer = actor.score.remote(SEARCH_SET, number % NUM_SAMPLES, values, 1.0, 0).future()
+                answer = actor.score.remote(
+                    SEARCH_SET, number % NUM_SAMPLES, values, 1.0, 0
+                ).future()
                 answer.add_done_callback(answers.put)
 
             for number in range(2 * scorers):
@@ -280,7 +305,9 @@ def floor(args: argparse.Namespace, duration: float = 40.0) -> None:
                 ask(units)
                 units += 1
             seconds, used = time.monotonic() - began, time.process_time() - used
-            print(f"{scorers} calls open, {units / seconds:.1f} units/s: {1000 * used / units:.2f} ms of CPU a unit")
+            print(
+                f"{scorers} calls open, {units / seconds:.1f} units/s: {1000 * used / units:.2f} ms of CPU a unit"
+            )
 
 
 # --- as a model
@@ -290,7 +317,11 @@ class ModelScorers:
     """The Scorers protocol over a virtual clock; the driver is busy for ``driver_seconds`` with every unit."""
 
     def __init__(self, scorers: int, mean_seconds: float, driver_seconds: float):
-        self._scorers, self._mean_seconds, self._driver_seconds = scorers, mean_seconds, driver_seconds
+        self._scorers, self._mean_seconds, self._driver_seconds = (
+            scorers,
+            mean_seconds,
+            driver_seconds,
+        )
         self.now = 0.0
         self._under_way: list[tuple[float, int, float, Unit]] = []
         self._order = itertools.count()
@@ -302,7 +333,9 @@ class ModelScorers:
     def submit(self, unit: Unit) -> None:
         start, number = self.now, 0
         while True:
-            seconds, fails = attempt(unit.factors.values, unit.needle_set, unit.sample, number, self._mean_seconds)
+            seconds, fails = attempt(
+                unit.factors.values, unit.needle_set, unit.sample, number, self._mean_seconds
+            )
             if not fails:
                 break
             self.intervals.append((start, start + seconds, None))
@@ -338,14 +371,22 @@ def as_model(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["ray", "model", "floor"])
     parser.add_argument("--scorers", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--children", type=int, nargs="+", default=[64], help="candidates of a generation")
-    parser.add_argument("--racing", nargs="+", default=["exact", "off"], choices=["exact", "statistical", "off"])
+    parser.add_argument(
+        "--children", type=int, nargs="+", default=[64], help="candidates of a generation"
+    )
+    parser.add_argument(
+        "--racing", nargs="+", default=["exact", "off"], choices=["exact", "statistical", "off"]
+    )
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="mean time of a unit")
-    parser.add_argument("--driver-ms", type=float, default=2.0, help="time that the driver takes for a unit (model)")
+    parser.add_argument(
+        "--driver-ms", type=float, default=2.0, help="time that the driver takes for a unit (model)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     {"ray": on_ray, "model": as_model, "floor": floor}[args.kind](args)

@@ -40,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--mlp-chunk-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--variant", choices=VARIANTS, help="run this one here and print JSON (used internally)")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="run this one here and print JSON (used internally)"
+    )
     return parser.parse_args()
 
 
@@ -88,7 +90,11 @@ def run_variant(options: argparse.Namespace) -> dict[str, object]:
 
     spec = read_spec(options.model)
     model = load_model(
-        options.model, dtype=options.dtype, device=options.device, attention=options.attention, threads=options.threads
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attention=options.attention,
+        threads=options.threads,
     )
     # Memory and time do not depend on which tokens these are.
     ids = np.random.default_rng(0).integers(3, spec.vocab_size, options.length)
@@ -99,13 +105,19 @@ def run_variant(options: argparse.Namespace) -> dict[str, object]:
     def no_cache() -> float:
         input_ids = torch.tensor(ids, device=model.device)[None]
         with torch.inference_mode():
-            logits = model(input_ids=input_ids[:, :-1], use_cache=False, logits_to_keep=num_answers).logits[0]
-            return float(torch.nn.functional.cross_entropy(logits.float(), input_ids[0, -num_answers:]))
+            logits = model(
+                input_ids=input_ids[:, :-1], use_cache=False, logits_to_keep=num_answers
+            ).logits[0]
+            return float(
+                torch.nn.functional.cross_entropy(logits.float(), input_ids[0, -num_answers:])
+            )
 
     run = {
         "plain": lambda: plain_loss(model, sample),
         "no-cache": no_cache,
-        "scorer": lambda: scorer.score(sample, np.ones(spec.rotary_dim // 2), 1.0).nll_sum / num_answers,
+        "scorer": lambda: (
+            scorer.score(sample, np.ones(spec.rotary_dim // 2), 1.0).nll_sum / num_answers
+        ),
     }[options.variant]
     seconds, peaks, loss = [], [], 0.0
     for _ in range(options.repeats + 1):
@@ -135,7 +147,9 @@ def main() -> None:
     plain_seconds = statistics.median(plain["seconds"])
     print(f"{options.model}, {options.length} tokens, {options.dtype}, {options.attention}, {options.device}, "
           f"{options.threads} threads, median of {options.repeats}")  # fmt: skip
-    print(f"{'variant':40} {'seconds':>9} {'of plain':>9} {'peak MiB':>10} {'of plain':>9} {'NLL':>10}")
+    print(
+        f"{'variant':40} {'seconds':>9} {'of plain':>9} {'peak MiB':>10} {'of plain':>9} {'NLL':>10}"
+    )
     for variant, title in VARIANTS.items():
         result = results[variant]
         seconds = statistics.median(result["seconds"])

@@ -23,10 +23,14 @@ VARIANTS = ("plain", "ours", "ours, checkpointing")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="bundled:reference", help="as model.path in a recipe")
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--document", type=int, default=256, help="tokens of a document in the short segment")
+    parser.add_argument(
+        "--document", type=int, default=256, help="tokens of a document in the short segment"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attention", default="sdpa")
@@ -63,7 +67,9 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
     ids = np.random.default_rng(0).integers(3, spec.vocab_size, options.length)
     segment = Segment(ids, np.arange(0, options.length + 1, step, dtype=np.int32), window)
     settings = TrainSection(
-        global_batch_size=1, dtype=options.dtype, activation_checkpointing="checkpointing" in options.variant
+        global_batch_size=1,
+        dtype=options.dtype,
+        activation_checkpointing="checkpointing" in options.variant,
     )
     if ours:
         store = tempfile.mkstemp()[1]
@@ -71,28 +77,40 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
         dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
         factors = RescaleFactors(np.full(spec.rotary_dim // 2, 2.0))
         trainer = MixedTrainer(
-            model, spec, factors, settings, num_steps=100, kernel=options.attention, device=torch.device(options.device)
+            model,
+            spec,
+            factors,
+            settings,
+            num_steps=100,
+            kernel=options.attention,
+            device=torch.device(options.device),
         )
 
         def run() -> float:
             return trainer.step(0, [segment]).loss
     else:
         model.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0
+        )
         input_ids = torch.tensor(ids, device=model.device)[None]
         labels = torch.tensor(targets_of(segment), device=model.device)
         positions = torch.arange(options.length, device=model.device) % step
         document = torch.arange(options.length, device=model.device) // step
-        mask = (document[:, None] == document) & torch.ones(len(ids), len(ids), dtype=torch.bool).tril().to(
-            model.device
-        )
+        mask = (document[:, None] == document) & torch.ones(
+            len(ids), len(ids), dtype=torch.bool
+        ).tril().to(model.device)
 
         def run() -> float:
-            with torch.autocast(options.device, DTYPES[options.dtype], enabled=options.dtype != "float32"):
+            with torch.autocast(
+                options.device, DTYPES[options.dtype], enabled=options.dtype != "float32"
+            ):
                 logits = model(
                     input_ids=input_ids,
                     position_ids=positions[None],
-                    attention_mask=torch.zeros(mask.shape).masked_fill(~mask.cpu(), -1e30).to(model.device)[None, None],
+                    attention_mask=torch.zeros(mask.shape)
+                    .masked_fill(~mask.cpu(), -1e30)
+                    .to(model.device)[None, None],
                     use_cache=False,
                 ).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -123,14 +141,25 @@ def main() -> None:
     print(f"{'window':<7}{'variant':<22}{'tokens/s':>10}{'peak MiB':>10}{'loss':>9}")
     for window in options.windows:
         for variant in VARIANTS:
-            line = [sys.executable, __file__, *sys.argv[1:], "--variant", variant, "--windows", window]
+            line = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                "--variant",
+                variant,
+                "--windows",
+                window,
+            ]
             done = subprocess.run(line, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{window:<7}{variant:<22} failed: {done.stderr.strip().splitlines()[-1]}")
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
             rate = options.length / row["seconds"]
-            print(f"{window:<7}{variant:<22}{rate:>10.0f}{row['mib']:>10.0f}{row['loss']:>9.4f}", flush=True)
+            print(
+                f"{window:<7}{variant:<22}{rate:>10.0f}{row['mib']:>10.0f}{row['loss']:>9.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ VARIANTS: dict[str, dict] = {
     "paper": {"preset": "paper"},
     "authors": {"preset": "authors"},
     "longrope": {"preset": "longrope", "tail_bounds": (1.0, 1.25)},
-    "longrope, no start tokens": {"preset": "longrope", "tail_bounds": (1.0, 1.25), "start_tokens": [0]},
+    "longrope, no start tokens": {
+        "preset": "longrope",
+        "tail_bounds": (1.0, 1.25),
+        "start_tokens": [0],
+    },
     "longrope, up to 2 ratio": {"preset": "longrope"},
     "longrope, up to 2 ratio, no start tokens": {"preset": "longrope", "start_tokens": [0]},
     "start tokens": {"start_tokens": [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256]},
@@ -36,7 +40,11 @@ VARIANTS: dict[str, dict] = {
     "mutants": {"initial": "mutants"},
     "steps": {"initial": "steps"},
     "steps, immigrants 0.2": {"initial": "steps", "immigrants": 0.2},
-    "steps, immigrants 0.2, p 0.1": {"initial": "steps", "immigrants": 0.2, "mutation_probability": 0.1},
+    "steps, immigrants 0.2, p 0.1": {
+        "initial": "steps",
+        "immigrants": 0.2,
+        "mutation_probability": 0.1,
+    },
     "steps, immigrants 0.5": {"initial": "steps", "immigrants": 0.5},
     "steps, block, immigrants 0.5": {"initial": "steps", "mutation": "block", "immigrants": 0.5},
     "steps, local": {"initial": "steps", "mutation": "local"},
@@ -68,7 +76,9 @@ class Runner:
         from longrope2_ray.search.scorer import NeedleScorer
 
         model = prepared.recipe.model
-        loaded = load_model(model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1)
+        loaded = load_model(
+            model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1
+        )
         self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.spec)
 
     def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
@@ -81,7 +91,9 @@ class Runner:
         ends = 10_000 if iterations is None else iterations
         settings = type(base)(**{**chosen, "seed": seed, "iterations": ends, **VARIANTS[variant]})
         samples = self.prepared.needle_sets[SEARCH_SET]
-        evolution = Evolution(SearchSpace.from_recipe(self.prepared.spec.geometry, settings), settings)
+        evolution = Evolution(
+            SearchSpace.from_recipe(self.prepared.spec.geometry, settings), settings
+        )
         nll: dict[str, dict[int, float]] = {}
         spent, began, curve = 0, time.monotonic(), []
         best, best_total = None, math.inf
@@ -89,7 +101,13 @@ class Runner:
             generation = evolution.generation
             vectors = {c.id: c for c in generation.candidates}
             dims = {c.id: c.critical_dim for c in (*generation.survivors, *generation.candidates)}
-            race = Race(dims, list(vectors), {c.id: nll[c.id] for c in generation.survivors}, len(samples), settings)
+            race = Race(
+                dims,
+                list(vectors),
+                {c.id: nll[c.id] for c in generation.survivors},
+                len(samples),
+                settings,
+            )
             while not race.finished and spent < units and (unit := race.next_unit()):
                 id, sample = unit
                 result = self.score(samples[sample], vectors[id].factors)
@@ -110,7 +128,9 @@ class Runner:
             "seed": seed,
             "units": spent,
             "search_ppl": perplexity(best_total, sum(tokens)),
-            "held_out_ppl": perplexity(sum(h.nll_sum for h in held), sum(h.num_tokens for h in held)),
+            "held_out_ppl": perplexity(
+                sum(h.nll_sum for h in held), sum(h.num_tokens for h in held)
+            ),
             "accuracy": sum(h.correct for h in held) / len(held),
             "critical_dim": best.critical_dim,
             "attention_factor": round(best.attention_factor, 4),
@@ -120,14 +140,20 @@ class Runner:
         }
 
     def score(self, sample, vector):
-        return self.scorer.score(sample, vector.values, vector.attention_factor, vector.start_tokens)
+        return self.scorer.score(
+            sample, vector.values, vector.attention_factor, vector.start_tokens
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--units", type=int, default=240)
-    parser.add_argument("--iterations", type=int, help="compare whole searches of this many generations instead")
+    parser.add_argument(
+        "--iterations", type=int, help="compare whole searches of this many generations instead"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
@@ -143,7 +169,9 @@ def main() -> None:
             for variant in args.variants
         ]
         rows = []
-        for row in pool.map_unordered(lambda a, w: a.search.remote(*w, units, args.iterations), work):
+        for row in pool.map_unordered(
+            lambda a, w: a.search.remote(*w, units, args.iterations), work
+        ):
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(
@@ -151,7 +179,10 @@ def main() -> None:
     )
     for variant in args.variants:
         mine = [row for row in rows if row["variant"] == variant]
-        middle = {k: statistics.median(r[k] for r in mine) for k in ("search_ppl", "held_out_ppl", "accuracy", "units")}
+        middle = {
+            k: statistics.median(r[k] for r in mine)
+            for k in ("search_ppl", "held_out_ppl", "accuracy", "units")
+        }
         print(
             f"{variant:<14} {middle['search_ppl']:>10.4f} {middle['held_out_ppl']:>10.4f} "
             f"{middle['accuracy']:>9.2f} {middle['units']:>7.0f}"

@@ -39,7 +39,16 @@ VARIANTS = {  # name: fields of the recipe
 
 
 def longrope2(command: str, recipe: str, run_dir: str, *overrides: str) -> None:
-    line = [sys.executable, "-m", "longrope2_ray", command, recipe, *overrides, "--run-dir", run_dir]
+    line = [
+        sys.executable,
+        "-m",
+        "longrope2_ray",
+        command,
+        recipe,
+        *overrides,
+        "--run-dir",
+        run_dir,
+    ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(line)}\n{done.stderr[-3000:]}")
@@ -56,16 +65,30 @@ class Judge:
                 sample
                 for seed, depth in enumerate(DEPTHS)
                 for sample in build_needle_set(
-                    tokenizer, books, length=length, num_samples=samples, seed=100 + seed, depth=depth
+                    tokenizer,
+                    books,
+                    length=length,
+                    num_samples=samples,
+                    seed=100 + seed,
+                    depth=depth,
                 )
             ]
             for length in lengths
         }
         longest = max(lengths)
-        ids = [tokenizer.encode(book.text[: 12 * longest], add_special_tokens=False)[:longest] for book in books]
-        self.texts = [np.asarray([tokenizer.bos_token_id, *one][:longest]) for one in ids if len(one) == longest]
+        ids = [
+            tokenizer.encode(book.text[: 12 * longest], add_special_tokens=False)[:longest]
+            for book in books
+        ]
+        self.texts = [
+            np.asarray([tokenizer.bos_token_id, *one][:longest])
+            for one in ids
+            if len(one) == longest
+        ]
 
-    def table(self, path: str, factors: RescaleFactors, mixed: bool) -> dict[int, tuple[float, float, float]]:
+    def table(
+        self, path: str, factors: RescaleFactors, mixed: bool
+    ) -> dict[int, tuple[float, float, float]]:
         """Length -> (needle accuracy, needle perplexity, perplexity of the last quarter of held-out text)."""
         model = load_model(path, device="cpu")
         scorer, rope = NeedleScorer(model, self.spec), PinnedRope(model, self.spec)
@@ -91,7 +114,9 @@ class Judge:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -104,7 +129,9 @@ def main() -> None:
     longrope2("data", args.recipe, args.run_dir, *overrides)
     base, target = recipe.model.path, recipe.search.target_length
     spec = read_spec(base)
-    lengths = [spec.original_length * 2**i for i in range(20) if spec.original_length * 2**i <= target]
+    lengths = [
+        spec.original_length * 2**i for i in range(20) if spec.original_length * 2**i <= target
+    ]
     judge = Judge(base, lengths, args.samples)
     results: dict[str, list[dict[int, tuple[float, float, float]]]] = {}
 
@@ -118,7 +145,9 @@ def main() -> None:
         fields = [f"--train.{key}={value}" for key, value in settings.items()]
         vectors[name] = find_factors(load_recipe(args.recipe, [*overrides, *fields]), spec, run_dir)
         if name.endswith(", mixed"):
-            record(name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name], True))
+            record(
+                name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name], True)
+            )
         for seed in range(args.seeds):
             folder = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             longrope2(
@@ -132,11 +161,17 @@ def main() -> None:
             )
             model = str(Path(args.run_dir) / folder / "model")
             record(name, seed, judge.table(model, vectors[name], settings.get("mixed") != "false"))
-    print("\n| needle accuracy / needle perplexity / text perplexity | " + " | ".join(map(str, lengths)) + " | seeds |")
+    print(
+        "\n| needle accuracy / needle perplexity / text perplexity | "
+        + " | ".join(map(str, lengths))
+        + " | seeds |"
+    )
     print("|---|" + "---|" * (len(lengths) + 1))
     for name, runs in results.items():
         cells = [
-            "{:.0%} / {:.3f} / {:.2f}".format(*(statistics.median(run[length][i] for run in runs) for i in range(3)))
+            "{:.0%} / {:.3f} / {:.2f}".format(
+                *(statistics.median(run[length][i] for run in runs) for i in range(3))
+            )
             for length in lengths
         ]
         print(f"| {name} | " + " | ".join(cells) + f" | {len(runs)} |")

@@ -15,9 +15,20 @@ import longrope2_ray
 from longrope2_ray.cli import main
 from longrope2_ray.search import job as search_job
 
-PUBLISHED = json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())["vectors"]
+PUBLISHED = json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())[
+    "vectors"
+]
 SEARCHED = json.dumps([str(Path(longrope2_ray.__file__).parent / "assets" / "text" / "search")])
-LLAMA3 = ("--head-dim", "128", "--base", "500000", "--original-length", "8192", "--target-length", "131072")
+LLAMA3 = (
+    "--head-dim",
+    "128",
+    "--base",
+    "500000",
+    "--original-length",
+    "8192",
+    "--target-length",
+    "131072",
+)
 
 REFERENCE = ("--model", "bundled:reference", "--target-length", "2048")
 
@@ -48,22 +59,33 @@ def test_factors_from_geometry_alone(capsys):
         "method", "factors", "critical_dim", "theoretical_critical_dim", "ten_period_dim", "periods_tokens",
         "attention_factor",
     ]  # fmt: skip
-    assert (body["critical_dim"], body["theoretical_critical_dim"], body["ten_period_dim"]) == (33, 35, 24)
+    assert (body["critical_dim"], body["theoretical_critical_dim"], body["ten_period_dim"]) == (
+        33,
+        35,
+        24,
+    )
     assert len(body["factors"]) == len(body["periods_tokens"]) == 64
     assert body["factors"][33:] == [16.0] * 31
     assert body["factors"][0] == 1.0
 
 
-@pytest.mark.parametrize("method", ["pi", "ntk", "ntk-aware", "yarn", "llama3", "ntk-rcd", "yarn-rcd", "longrope2"])
+@pytest.mark.parametrize(
+    "method", ["pi", "ntk", "ntk-aware", "yarn", "llama3", "ntk-rcd", "yarn-rcd", "longrope2"]
+)
 def test_every_method_gives_a_vector_for_a_model(capsys, method):
-    body = factors_json(capsys, "--method", method, "--model", "bundled:reference", "--target-length", "2048")
+    body = factors_json(
+        capsys, "--method", method, "--model", "bundled:reference", "--target-length", "2048"
+    )
     assert len(body["factors"]) == 32
     assert min(body["factors"]) >= 1.0
     assert max(body["factors"]) > 1.0
 
 
 def test_an_original_length_overrides_the_models(capsys):
-    assert factors_json(capsys, "--method", "pi", *REFERENCE, "--original-length", "1024")["factors"] == [2.0] * 32
+    assert (
+        factors_json(capsys, "--method", "pi", *REFERENCE, "--original-length", "1024")["factors"]
+        == [2.0] * 32
+    )
 
 
 def test_an_override_with_an_equals_sign_may_come_before_the_recipe(capsys):
@@ -73,7 +95,9 @@ def test_an_override_with_an_equals_sign_may_come_before_the_recipe(capsys):
 
 def test_attention_factor_is_explicit(capsys):
     assert factors_json(capsys, "--method", "pi", *LLAMA3)["attention_factor"] == 1.0
-    su = factors_json(capsys, "--method", "pi", *LLAMA3, "--attention-factor", "su")["attention_factor"]
+    su = factors_json(capsys, "--method", "pi", *LLAMA3, "--attention-factor", "su")[
+        "attention_factor"
+    ]
     assert su == pytest.approx(1.1435, abs=1e-4)
 
 
@@ -94,7 +118,9 @@ def test_plan_says_when_a_scorer_does_not_fit(capsys):
 def test_the_recipe_reference_names_every_section(capsys):
     assert main(["recipe"]) == 0
     out = capsys.readouterr().out
-    assert all(f"[{section}]" in out for section in ("model", "search", "needles", "report", "scorer"))
+    assert all(
+        f"[{section}]" in out for section in ("model", "search", "needles", "report", "scorer")
+    )
     assert "mutation_probability" in out
 
 
@@ -102,14 +128,20 @@ def test_the_recipe_reference_names_every_section(capsys):
     ("arguments", "parts"),
     [
         (["search", "no-such-recipe"], ["recipe: expected", "demo"]),
-        (["search", "debug", "--search.populatoin-size", "3"], ["did you mean --search.population-size"]),
+        (
+            ["search", "debug", "--search.populatoin-size", "3"],
+            ["did you mean --search.population-size"],
+        ),
         (["search", "debug", "--search.top-k", "many"], ["search.top_k", "'many'"]),
         (
             ["search", "debug", "--search.mutation-probability", "3"],
             ["search.mutation_probability", "less than or equal"],
         ),
         (["search", "debug", "--search.target-length", "256"], ["search.target_length", "256"]),
-        (["search", "debug", "--search.population-size", "4"], ["search.population_size", "at least 9"]),
+        (
+            ["search", "debug", "--search.population-size", "4"],
+            ["search.population_size", "at least 9"],
+        ),
         (["search", "debug", "--search.target-length", "400000"], ["needles.text", "400000"]),
         (["search", "debug", "--search.critical-dims", "[3,99]"], ["search.critical_dims"]),
         (["search", "debug", "--search.starts", '["pi"]'], ["starts", "dimensions = 'all'"]),
@@ -117,36 +149,75 @@ def test_the_recipe_reference_names_every_section(capsys):
             ["search", "debug", "--search.dimensions", "all", "--search.starts", '["magic"]'],
             ["search.starts", "'magic'"],
         ),
-        (["search", "debug", "--search.start-tokens", "[300]"], ["search.start_tokens", "256, got 300"]),
+        (
+            ["search", "debug", "--search.start-tokens", "[300]"],
+            ["search.start_tokens", "256, got 300"],
+        ),
         (["search", "debug", "--search.start-tokens", "[-1]"], ["search.start_tokens", "-1"]),
         (["search", "debug", "--model.path", "/no/such/model"], ["model.path", "/no/such/model"]),
-        (["search", "debug", "--model.attention", "flash_attention_2"], ["model.attention", "sdpa"]),
+        (
+            ["search", "debug", "--model.attention", "flash_attention_2"],
+            ["model.attention", "sdpa"],
+        ),
         (["search", "debug", "--needles.text", '["/no/such/*.txt"]'], ["text", "/no/such/*.txt"]),
         (["search", "debug", "--report.methods", '["magic"]'], ["report.methods", "magic"]),
-        (["search", "debug", "--report.text", '["/no/such/*.txt"]'], ["report.text", "/no/such/*.txt"]),
+        (
+            ["search", "debug", "--report.text", '["/no/such/*.txt"]'],
+            ["report.text", "/no/such/*.txt"],
+        ),
         (["search", "debug", "--report.lengths", "[32]"], ["report.lengths", "got 32"]),
         (["search", "debug", "--report.text", SEARCHED], ["report.text", "in both"]),
-        (["score", "debug", "--factors", "ntk", "--report.text", SEARCHED], ["report.text", "in both"]),
+        (
+            ["score", "debug", "--factors", "ntk", "--report.text", SEARCHED],
+            ["report.text", "in both"],
+        ),
         (["search", "debug", "--run-dir", "foo://x"], ["--run-dir", "foo://x"]),
         (["search", "debug", "--train.betas", "[2, 3]"], ["train.betas", "less than 1"]),
         (["plan", "debug", "--report.methods", '["magic"]'], ["report.methods", "magic"]),
-        (["plan", "llama3_8b_128k", "--train.num-workers", "10"], ["train.global_batch_size", "multiple of 10"]),
-        (["plan", "llama3_8b_128k", "--train.sequence-parallel", "3"], ["train.sequence_parallel", "divisor of 8"]),
+        (
+            ["plan", "llama3_8b_128k", "--train.num-workers", "10"],
+            ["train.global_batch_size", "multiple of 10"],
+        ),
+        (
+            ["plan", "llama3_8b_128k", "--train.sequence-parallel", "3"],
+            ["train.sequence_parallel", "divisor of 8"],
+        ),
         (["plan", "llama3_8b_128k", "--data.num-shards", "100000"], ["data.num_shards", "100000"]),
         (["plan", "llama3_8b_128k", "--accelerator", "abacus"], ["--accelerator", "abacus"]),
         (["factors", "--method", "magic", *LLAMA3], ["--method", "yarn"]),
         (["factors", "--method", "pi", "--target-length", "8192"], ["--head-dim", "--model"]),
         (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["--target-length", "8192"]),
-        (["factors", "--method", "longrope2", *LLAMA3, "--critical-dim", "64"], ["--critical-dim", "63"]),
-        (["factors", "--method", "pi", *LLAMA3, "--critical-dim", "33"], ["--critical-dim", "ntk-rcd", "'pi'"]),
+        (
+            ["factors", "--method", "longrope2", *LLAMA3, "--critical-dim", "64"],
+            ["--critical-dim", "63"],
+        ),
+        (
+            ["factors", "--method", "pi", *LLAMA3, "--critical-dim", "33"],
+            ["--critical-dim", "ntk-rcd", "'pi'"],
+        ),
         (["factors", "--method", "pi", *REFERENCE, "--base", "777"], ["--base", "--model"]),
         (["factors", "--method", "pi", *REFERENCE, "--head-dim", "128"], ["--head-dim", "--model"]),
-        (["factors", "--method", "pi", *REFERENCE, "--rotary-dim", "64"], ["--rotary-dim", "--model"]),
-        (["search", "--run-dir", "d", "--search.iterations", "0", "debug"], ["RECIPE", "--search.iterations", "'0'"]),
+        (
+            ["factors", "--method", "pi", *REFERENCE, "--rotary-dim", "64"],
+            ["--rotary-dim", "--model"],
+        ),
+        (
+            ["search", "--run-dir", "d", "--search.iterations", "0", "debug"],
+            ["RECIPE", "--search.iterations", "'0'"],
+        ),
         (["search", "--search.seed=1", "--name", "demo", "debug"], ["RECIPE", "--name", "'demo'"]),
-        (["search", "debug", "--search.critical-dims", "[3]"], ["search.critical_dims: expected two numbers, got [3]"]),
-        (["search", "debug", "--search.critical-dims", "[]"], ["search.critical_dims: expected two numbers, got []\n"]),
-        (["score", "debug", "--factors", "/no/such/file.json"], ["--factors", "/no/such/file.json"]),
+        (
+            ["search", "debug", "--search.critical-dims", "[3]"],
+            ["search.critical_dims: expected two numbers, got [3]"],
+        ),
+        (
+            ["search", "debug", "--search.critical-dims", "[]"],
+            ["search.critical_dims: expected two numbers, got []\n"],
+        ),
+        (
+            ["score", "debug", "--factors", "/no/such/file.json"],
+            ["--factors", "/no/such/file.json"],
+        ),
         (["report", "/no/such/run"], ["RUN_DIR", "/no/such/run"]),
     ],
 )
@@ -162,7 +233,10 @@ def test_a_mistake_gives_one_clear_message(capsys, arguments, parts, tmp_path, m
     ("config", "part"),
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "causal language model"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "rotary position embeddings"),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "rotary position embeddings",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_searched_is_refused_by_name(capsys, tmp_path, config, part):
@@ -193,7 +267,9 @@ def test_a_run_directory_of_another_recipe_is_refused_by_field(capsys, tmp_path)
 
     search_job.open_run(search_job.prepare(load_recipe("debug")), RunDir(str(tmp_path / "run")))
     there = ("--run-dir", str(tmp_path / "run"))
-    assert "search.seed is 0 there and 5 now" in mistake(capsys, "search", "debug", "--search.seed", "5", *there)
+    assert "search.seed is 0 there and 5 now" in mistake(
+        capsys, "search", "debug", "--search.seed", "5", *there
+    )
     message = mistake(capsys, "search", "debug", "--needles.seed", "5", *there)
     assert "needles.seed is 0 there and 5 now" in message
 
@@ -206,7 +282,9 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_an_unreachable_ray_says_so(tmp_path):
-    result = run_command("search", "debug", "--run-dir", str(tmp_path / "run"), RAY_ADDRESS="127.0.0.1:1")
+    result = run_command(
+        "search", "debug", "--run-dir", str(tmp_path / "run"), RAY_ADDRESS="127.0.0.1:1"
+    )
     assert result.returncode == 2
     assert "RAY_ADDRESS" in result.stderr
     assert "Traceback" not in result.stderr
@@ -221,11 +299,16 @@ def test_something_else_that_listens_at_the_address_is_given_up(tmp_path):
             capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "RAY_ADDRESS": address},
         )  # fmt: skip
     assert result.returncode == 2
-    assert f"RAY_ADDRESS: expected a Ray cluster at '{address}', got no answer of one in 2 s" in result.stderr
+    assert (
+        f"RAY_ADDRESS: expected a Ray cluster at '{address}', got no answer of one in 2 s"
+        in result.stderr
+    )
 
 
 def test_more_gpus_than_there_are_says_so(tmp_path):
-    result = run_command("search", "debug", "--run-dir", str(tmp_path / "run"), "--scorer.cpus-per-scorer", "1000")
+    result = run_command(
+        "search", "debug", "--run-dir", str(tmp_path / "run"), "--scorer.cpus-per-scorer", "1000"
+    )
     assert result.returncode == 2
     assert "scorer.cpus_per_scorer" in result.stderr
     assert "Traceback" not in result.stderr
@@ -233,7 +316,14 @@ def test_more_gpus_than_there_are_says_so(tmp_path):
 
 def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tmp_path):
     path = save_tiny("mistral_windowed", tmp_path)
-    options = ["--run-dir", str(tmp_path / "run"), "--search.target-length", "96", "--model.path", path]
+    options = [
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--search.target-length",
+        "96",
+        "--model.path",
+        path,
+    ]
     capsys.readouterr()
     said = mistake(capsys, "search", "debug", *options)
     assert "model.sliding_window: expected 96 tokens" in said
@@ -242,9 +332,17 @@ def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tm
 
 def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_path):
     vector = next(v for v in PUBLISHED if v["id"] == "mistral-7b_256k_on-128k-ft")["long_factor"]
-    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"long_factor": vector[:32]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"rope_scaling": {"long_factor": vector[:32]}})
+    )
     result = run_command(
-        "score", "debug", "--factors", str(tmp_path / "config.json"), "--report.num-samples", "2", "--json"
+        "score",
+        "debug",
+        "--factors",
+        str(tmp_path / "config.json"),
+        "--report.num-samples",
+        "2",
+        "--json",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     body = json.loads(result.stdout)
@@ -259,13 +357,26 @@ def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsy
 
     def not_finite(prepared, vectors):
         seen.update(vectors)
-        return {name: {"ppl": None, "accuracy": 0.0, "nll_per_sample": [None], "num_tokens": 8} for name in vectors}
+        return {
+            name: {"ppl": None, "accuracy": 0.0, "nll_per_sample": [None], "num_tokens": 8}
+            for name in vectors
+        }
 
     monkeypatch.setattr("longrope2_ray.workers.connection.ray_session", nullcontext)
     monkeypatch.setattr(search_job, "score_vectors", not_finite)
-    options = ["--report.lengths", "[256, 2048]", "--report.num-samples", "1", "--attention-factor", "1.2"]
+    options = [
+        "--report.lengths",
+        "[256, 2048]",
+        "--report.num-samples",
+        "1",
+        "--attention-factor",
+        "1.2",
+    ]
     assert main(["score", "debug", "--factors", "pi", *options]) == 0
-    assert "pi on report@2048, attention factor 1.2: needle perplexity not finite" in capsys.readouterr().out
+    assert (
+        "pi on report@2048, attention factor 1.2: needle perplexity not finite"
+        in capsys.readouterr().out
+    )
     first = {name: vector.values[0] for name, vector in seen.items()}
     assert first == {
         "report@256": 4.0,
@@ -287,12 +398,20 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
     assert result.returncode == 0, result.stderr[-2000:]
     assert "The first 8 positions keep the original RoPE." in result.stdout
     winner = json.loads((tmp_path / "run" / "winner.json").read_text())
-    assert (winner["start_tokens"], winner["target_length"], winner["original_length"]) == (8, 128, 256)
+    assert (winner["start_tokens"], winner["target_length"], winner["original_length"]) == (
+        8,
+        128,
+        256,
+    )
     winner_file = f"{run_dir}/winner.json"
-    again = run_command("score", "debug", "--report.lengths", "[128, 256]", "--factors", winner_file, "--json")
+    again = run_command(
+        "score", "debug", "--report.lengths", "[128, 256]", "--factors", winner_file, "--json"
+    )
     assert again.returncode == 0, again.stderr[-2000:]
     reported = next(row for row in winner["report"] if row["method"] == "longrope2")
-    at_128, at_256 = map(json.loads, again.stdout.splitlines())  # every length of the report, in its order
+    at_128, at_256 = map(
+        json.loads, again.stdout.splitlines()
+    )  # every length of the report, in its order
     assert at_128["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)
     assert (at_128["needle_set"], at_256["needle_set"]) == ("report@128", "report@256")
     assert at_256["nll_per_sample"] != at_128["nll_per_sample"]

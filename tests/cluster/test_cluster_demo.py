@@ -16,17 +16,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SET_CHILD_SUBREAPER = 36
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(2400), pytest.mark.skipif(sys.platform != "linux", reason="prctl")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(sys.platform != "linux", reason="prctl"),
+]
 
 
 def children() -> set[psutil.Process]:
-    return {p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+    return {
+        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
+    }
 
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The demo, running, its run directories in ``tmp_path / "runs"``; when it has ended, no process of it may be left."""
-    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whatever outlives the demo becomes our child
+    ctypes.CDLL(None).prctl(
+        SET_CHILD_SUBREAPER, 1, 0, 0, 0
+    )  # whatever outlives the demo becomes our child
     before = children()
     # More generations than the recipe has: half of them are still ahead while the stop is on its way.
     command = [sys.executable, "cluster/demo.py", "--recipe", "debug", "--search.iterations", "12"]
@@ -41,13 +49,18 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     assert left == set()
 
 
-def test_a_search_that_was_stopped_half_way_ends_in_the_bytes_of_the_undisturbed_one(demo, tmp_path):
+def test_a_search_that_was_stopped_half_way_ends_in_the_bytes_of_the_undisturbed_one(
+    demo, tmp_path
+):
     output = demo.communicate()[0]
     assert demo.returncode == 0, output[-5000:]
     assert "attempt-1: STOPPED" in output
     assert "attempt-2: SUCCEEDED" in output
     assert "lost or scored again: 0" in output
-    winners = [(tmp_path / "runs" / name / "winner.json").read_bytes() for name in ("undisturbed", "stopped")]
+    winners = [
+        (tmp_path / "runs" / name / "winner.json").read_bytes()
+        for name in ("undisturbed", "stopped")
+    ]
     assert winners[0] == winners[1]
 
 

@@ -28,21 +28,32 @@ from longrope2_ray.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
-CRDS = Path(os.environ.get("LONGROPE2_KUBERAY_CRDS", ROOT.parent / "shared" / "fixtures" / "kuberay-crds"))
+CRDS = Path(
+    os.environ.get("LONGROPE2_KUBERAY_CRDS", ROOT.parent / "shared" / "fixtures" / "kuberay-crds")
+)
 HADOLINT = Path(sys.executable).parent / "hadolint"
 
-MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CLUSTER / "kuberay").glob("*.yaml"))}
+MANIFESTS = {
+    path.name: yaml.safe_load(path.read_text())
+    for path in sorted((CLUSTER / "kuberay").glob("*.yaml"))
+}
 JOBS = {name: manifest for name, manifest in MANIFESTS.items() if manifest["kind"] == "RayJob"}
-LAUNCHERS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CLUSTER / "launcher").glob("*.yaml"))}
+LAUNCHERS = {
+    path.name: yaml.safe_load(path.read_text())
+    for path in sorted((CLUSTER / "launcher").glob("*.yaml"))
+}
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PINS = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+)
 
 each_manifest = pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
 each_job = pytest.mark.parametrize("manifest", JOBS.values(), ids=JOBS)
 each_launcher = pytest.mark.parametrize("config", LAUNCHERS.values(), ids=LAUNCHERS)
 needs_crds = pytest.mark.skipif(
-    not list(CRDS.glob("*.yaml*")), reason=f"KubeRay's CRDs are not at hand in {CRDS}; set LONGROPE2_KUBERAY_CRDS"
+    not list(CRDS.glob("*.yaml*")),
+    reason=f"KubeRay's CRDs are not at hand in {CRDS}; set LONGROPE2_KUBERAY_CRDS",
 )
 
 
@@ -55,7 +66,9 @@ def ray_cluster(manifest: dict[str, Any]) -> dict[str, Any]:
 def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Pod specs: the head's, then one of each worker group."""
     spec = ray_cluster(manifest)
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [
+        group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
 
 
 def container(pod: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +104,13 @@ def strict(schema: Any) -> Any:
     return result
 
 
-def rules_that_apply(_: Any, rules: list[dict[str, Any]], *__: Any) -> Iterator[jsonschema.ValidationError]:
+def rules_that_apply(
+    _: Any, rules: list[dict[str, Any]], *__: Any
+) -> Iterator[jsonschema.ValidationError]:
     """CEL rules are the API server's to evaluate: a field that carries one is an error here, so that somebody looks."""
-    yield from (jsonschema.ValidationError(f"the CEL rule {rule['rule']} applies") for rule in rules)
+    yield from (
+        jsonschema.ValidationError(f"the CEL rule {rule['rule']} applies") for rule in rules
+    )
 
 
 Validator = jsonschema.validators.extend(
@@ -114,7 +131,10 @@ def validator(kind: str) -> jsonschema.Draft202012Validator:
 @each_manifest
 def test_a_manifest_is_valid_for_kuberays_own_schema(manifest):
     assert manifest["apiVersion"] == "ray.io/v1"
-    errors = [f"{error.json_path}: {error.message}" for error in validator(manifest["kind"]).iter_errors(manifest)]
+    errors = [
+        f"{error.json_path}: {error.message}"
+        for error in validator(manifest["kind"]).iter_errors(manifest)
+    ]
     assert not errors
     # What the operator checks beside the schema: RayCluster names it derives must stay DNS labels.
     assert re.fullmatch(r"[a-z][a-z0-9-]{0,45}[a-z0-9]", manifest["metadata"]["name"])
@@ -134,13 +154,21 @@ def test_a_misspelt_or_mistyped_field_deep_in_a_manifest_is_refused(manifest):
     head = ["headGroupSpec", "template", "spec", "containers", 0]
     worker = ["workerGroupSpecs", 0, "template", "spec"]
     assert "'imagePullPolcy' was unexpected" in broken([*head, "imagePullPolcy"], "Always")[0]
-    assert "'runAsNonroot' was unexpected" in broken([*worker, "securityContext", "runAsNonroot"], True)[0]
-    assert "'sizelimit' was unexpected" in broken([*worker, "volumes", 0, "emptyDir", "sizelimit"], "1Gi")[0]
+    assert (
+        "'runAsNonroot' was unexpected"
+        in broken([*worker, "securityContext", "runAsNonroot"], True)[0]
+    )
+    assert (
+        "'sizelimit' was unexpected"
+        in broken([*worker, "volumes", 0, "emptyDir", "sizelimit"], "1Gi")[0]
+    )
     assert "'autoscaler' was unexpected" in broken(["autoscaler"], {})[0]
     assert "not one of ['disabled', 'token']" in broken(["authOptions", "mode"], "tokens")[0]
     assert "not of type 'integer'" in broken(["workerGroupSpecs", 0, "maxReplicas"], "many")[0]
     assert "is a required property" in broken(["headGroupSpec"], {})[0]
-    assert "CEL rule self in ['ray.io/kuberay-operator'" in " ".join(broken(["managedBy"], "ray.io/kuberay-operator"))
+    assert "CEL rule self in ['ray.io/kuberay-operator'" in " ".join(
+        broken(["managedBy"], "ray.io/kuberay-operator")
+    )
     assert not broken(["rayVersion"], "2.60.0")
 
 
@@ -160,7 +188,9 @@ def test_every_container_requests_what_it_is_limited_to(manifest):
 def test_authentication_is_on_and_left_to_the_operator(manifest):
     assert ray_cluster(manifest)["authOptions"] == {"mode": "token"}
     for pod in pods(manifest):
-        assert not [e["name"] for e in container(pod).get("env", []) if e["name"].startswith("RAY_AUTH")]
+        assert not [
+            e["name"] for e in container(pod).get("env", []) if e["name"].startswith("RAY_AUTH")
+        ]
 
 
 @each_manifest
@@ -171,7 +201,9 @@ def test_the_head_stays_on_demand_and_works_for_no_one_but_the_driver(manifest):
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert "nvidia.com/gpu" not in container(head)["resources"]["limits"]
     assert head["serviceAccountName"] == "longrope2-head"
-    assert head.get("automountServiceAccountToken", True), "the autoscaler talks to the Kubernetes API"
+    assert head.get("automountServiceAccountToken", True), (
+        "the autoscaler talks to the Kubernetes API"
+    )
 
 
 @each_manifest
@@ -189,7 +221,9 @@ def test_workers_are_spot_machines_from_zero_by_the_autoscaler_of_version_2(mani
             assert group["rayStartParams"] == {"num-gpus": "0"}
             assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container(pod)["env"]
         assert pod["automountServiceAccountToken"] is False
-        assert "drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in str(container(pod)["lifecycle"]["preStop"])
+        assert "drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in str(
+            container(pod)["lifecycle"]["preStop"]
+        )
     assert "nvidia.com/gpu" in container(pods(manifest)[1])["resources"]["limits"]
 
 
@@ -204,7 +238,9 @@ def test_no_pod_runs_as_root_or_may_become_it(manifest):
     contexts = [container(pod)["securityContext"] for pod in pods(manifest)]
     for context in [*contexts, ray_cluster(manifest)["autoscalerOptions"]["securityContext"]]:
         assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    assert not any(m.get("privileged") or m.get("hostPath") or m.get("hostNetwork") for m in mappings(manifest))
+    assert not any(
+        m.get("privileged") or m.get("hostPath") or m.get("hostNetwork") for m in mappings(manifest)
+    )
 
 
 @each_manifest
@@ -213,7 +249,10 @@ def test_shared_memory_has_a_size_that_fits_into_the_pods_memory(manifest):
         (volume,) = pod["volumes"]
         assert container(pod)["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
         assert volume["emptyDir"]["medium"] == "Memory"
-        size, memory = volume["emptyDir"]["sizeLimit"], container(pod)["resources"]["limits"]["memory"]
+        size, memory = (
+            volume["emptyDir"]["sizeLimit"],
+            container(pod)["resources"]["limits"]["memory"],
+        )
         assert 0 < int(size.removesuffix("Gi")) <= int(memory.removesuffix("Gi")) / 2
 
 
@@ -242,7 +281,10 @@ def test_a_job_asks_for_as_many_gpus_as_its_workers_may_have(manifest):
     # The cluster starts without GPUs, so nothing may follow from what is there at the start.
     assert recipe.model.device == "cuda"
     if script == "jobs/search.py":
-        asked, cpus = recipe.scorer.num_scorers * recipe.scorer.gpus_per_scorer, recipe.scorer.cpus_per_scorer
+        asked, cpus = (
+            recipe.scorer.num_scorers * recipe.scorer.gpus_per_scorer,
+            recipe.scorer.cpus_per_scorer,
+        )
         assert recipe.scorer.start_seconds >= 3600, "spot machines may be long in coming"
     else:
         asked, cpus = recipe.train.num_workers, recipe.train.cpus_per_worker
@@ -261,8 +303,12 @@ def test_a_job_tries_again_until_it_is_done_and_then_frees_the_cluster(manifest)
 
 
 @each_job
-@pytest.mark.parametrize(("status", "ends_well"), [(0, True), (1, False), (2, False), (FENCED, True), (130, False)])
-def test_a_job_whose_run_a_newer_driver_took_over_is_done_and_not_tried_again(manifest, tmp_path, status, ends_well):
+@pytest.mark.parametrize(
+    ("status", "ends_well"), [(0, True), (1, False), (2, False), (FENCED, True), (130, False)]
+)
+def test_a_job_whose_run_a_newer_driver_took_over_is_done_and_not_tried_again(
+    manifest, tmp_path, status, ends_well
+):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nexit {status}\n")
     python.chmod(0o755)
@@ -277,7 +323,11 @@ def test_a_driver_that_is_told_to_stop_has_time_to_flush(manifest):
     runtime_env = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])
     assert runtime_env["working_dir"].startswith("s3://")
     head = pods(manifest)[0]
-    assert 30 <= int(runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) < head["terminationGracePeriodSeconds"]
+    assert (
+        30
+        <= int(runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+        < head["terminationGracePeriodSeconds"]
+    )
     *_, command = container(head)["lifecycle"]["preStop"]["exec"]["command"]
     patterns = re.findall(r"p(?:kill -TERM|grep) -f '([^']+)'", command)
     assert len(patterns) == 2
@@ -288,7 +338,11 @@ def test_a_driver_that_is_told_to_stop_has_time_to_flush(manifest):
 
 def test_there_is_a_cluster_to_submit_to_and_a_job_for_search_and_for_training():
     kinds = {name: manifest["kind"] for name, manifest in MANIFESTS.items()}
-    assert kinds == {"ray-cluster.yaml": "RayCluster", "search-job.yaml": "RayJob", "train-job.yaml": "RayJob"}
+    assert kinds == {
+        "ray-cluster.yaml": "RayCluster",
+        "search-job.yaml": "RayJob",
+        "train-job.yaml": "RayJob",
+    }
     assert {job_recipe(m)[0] for m in JOBS.values()} == {"jobs/search.py", "jobs/train.py"}
     assert len({job_recipe(m)[1] for m in JOBS.values()}) == 1, (
         "training takes the winner of the search's run directory"
@@ -298,14 +352,24 @@ def test_there_is_a_cluster_to_submit_to_and_a_job_for_search_and_for_training()
 # --- secrets
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.I)
-SECRET_TEXT = re.compile(r"AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:]+:[^@\s]+@")
+SECRET_TEXT = re.compile(
+    r"AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:]+:[^@\s]+@"
+)
 
 
 def secret_values(document: Any, text: str) -> list[str]:
     """Names that look like a secret's and have a value beside them, and text that looks like a secret."""
-    variables = [m["name"] for m in mappings(document) if "value" in m and SECRET_NAME.search(str(m.get("name", "")))]
-    options = [name for name in re.findall(r"(?:--env[= ]|-e )(\w+)=", text) if SECRET_NAME.search(name)]
-    settings = re.findall(r"^\s*-?\s*\w*(?:SECRET|PASSWORD|ACCESS_KEY|TOKEN)\w*\s*[:=]\s*\S+", text, re.M)
+    variables = [
+        m["name"]
+        for m in mappings(document)
+        if "value" in m and SECRET_NAME.search(str(m.get("name", "")))
+    ]
+    options = [
+        name for name in re.findall(r"(?:--env[= ]|-e )(\w+)=", text) if SECRET_NAME.search(name)
+    ]
+    settings = re.findall(
+        r"^\s*-?\s*\w*(?:SECRET|PASSWORD|ACCESS_KEY|TOKEN)\w*\s*[:=]\s*\S+", text, re.M
+    )
     return variables + options + settings + SECRET_TEXT.findall(text)
 
 
@@ -314,10 +378,14 @@ def test_no_secret_has_a_value_in_any_file():
         text = path.read_text()
         assert not secret_values(yaml.safe_load(text), text), path
     assert not secret_values(None, DOCKERFILE)
-    assert not [n for n in re.findall(r"^(?:ENV|ARG) (\w+)", DOCKERFILE, re.M) if SECRET_NAME.search(n)]
+    assert not [
+        n for n in re.findall(r"^(?:ENV|ARG) (\w+)", DOCKERFILE, re.M) if SECRET_NAME.search(n)
+    ]
     for manifest in MANIFESTS.values():
         for pod in pods(manifest):
-            assert container(pod)["envFrom"] == [{"secretRef": {"name": "longrope2-credentials", "optional": True}}]
+            assert container(pod)["envFrom"] == [
+                {"secretRef": {"name": "longrope2-credentials", "optional": True}}
+            ]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +406,10 @@ def test_a_secret_with_a_value_would_be_found(text):
 
 
 def test_one_image_one_version_of_ray_everywhere():
-    ray, cuda = PINS["ray"], set(re.findall(r"^FROM nvidia/cuda:(\d+\.\d+)\.\d+-\w+-ubuntu24\.04", DOCKERFILE, re.M))
+    ray, cuda = (
+        PINS["ray"],
+        set(re.findall(r"^FROM nvidia/cuda:(\d+\.\d+)\.\d+-\w+-ubuntu24\.04", DOCKERFILE, re.M)),
+    )
     assert len(cuda) == 1
     (cuda_version,) = cuda
     images = {container(pod)["image"] for manifest in MANIFESTS.values() for pod in pods(manifest)}
@@ -357,13 +428,27 @@ def test_the_image_has_what_the_project_asks_for():
     (gpu,) = PROJECT["optional-dependencies"]["gpu"]
     assert Requirement(gpu).name == "flash-attn"
     assert Requirement(gpu).specifier.contains(version)
-    assert f"PyPI's Linux wheel of torch {PINS['torch']} " in DOCKERFILE, "match flash-attn and CUDA to the new torch"
+    assert f"PyPI's Linux wheel of torch {PINS['torch']} " in DOCKERFILE, (
+        "match flash-attn and CUDA to the new torch"
+    )
     python = Requirement(f"python{PROJECT['requires-python']}")
-    assert {v for v in re.findall(r"python(3\.\d+)", DOCKERFILE) if not python.specifier.contains(v)} == set()
-    pins = [install for install in re.findall(r"pip install .*", DOCKERFILE) if "-c constraints.txt" not in install]
-    assert all("==" in word for install in pins for word in install.split()[3:] if re.match(r"\w", word))
+    assert {
+        v for v in re.findall(r"python(3\.\d+)", DOCKERFILE) if not python.specifier.contains(v)
+    } == set()
+    pins = [
+        install
+        for install in re.findall(r"pip install .*", DOCKERFILE)
+        if "-c constraints.txt" not in install
+    ]
+    assert all(
+        "==" in word for install in pins for word in install.split()[3:] if re.match(r"\w", word)
+    )
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.M)
-    sent = {line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    sent = {
+        line[1:]
+        for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+        if line[:1] == "!"
+    }
     assert {name for names in copied for name in names.split()} == sent
     assert all((ROOT / name).exists() for name in sent)
 
@@ -374,19 +459,25 @@ def test_the_launcher_mounts_the_token_where_the_images_user_looks():
     (home,) = re.findall(r"^ENV .*\bHOME=(\S+)", final, re.M)
     (user,) = re.findall(r"useradd --uid 1001 --create-home (\w+)", final)
     assert home == f"/home/{user}"
-    assert f"install -d -o {user} -g {user} {home}/.ray" in final  # else Docker makes it for the mount, as root
+    assert (
+        f"install -d -o {user} -g {user} {home}/.ray" in final
+    )  # else Docker makes it for the mount, as root
     assert f"USER {1001}" in final
 
 
 def lint(dockerfile: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(HADOLINT), "-"], input=dockerfile, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(HADOLINT), "-"], input=dockerfile, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_dockerfile_passes_its_linter():
     assert HADOLINT.exists(), "pip install -c constraints.txt -e '.[dev]' brings hadolint"
     result = lint(DOCKERFILE)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert all(name in ("DL3008", "DL3013") for name in re.findall(r"hadolint ignore=(\S+)", DOCKERFILE))
+    assert all(
+        name in ("DL3008", "DL3013") for name in re.findall(r"hadolint ignore=(\S+)", DOCKERFILE)
+    )
     assert re.findall(r"^USER (\d+)$", DOCKERFILE, re.M)[-1] != "0"
     assert not re.search(r"^ADD |https?://", DOCKERFILE, re.M)
 
@@ -412,9 +503,9 @@ def prepared(config: dict[str, Any]) -> dict[str, Any]:
 @each_launcher
 def test_a_launcher_file_is_valid_for_ray(config):
     full = prepared(config)
-    assert not full["setup_commands"] + full["head_setup_commands"] + full["worker_setup_commands"], (
-        "all is in the image"
-    )
+    assert (
+        not full["setup_commands"] + full["head_setup_commands"] + full["worker_setup_commands"]
+    ), "all is in the image"
     with pytest.raises(jsonschema.ValidationError, match="head_node_typ"):
         prepared({**config, "head_node_typ": "head"})
 
@@ -424,13 +515,19 @@ def test_a_launcher_file_turns_authentication_on_and_keeps_the_dashboard_to_the_
     assert "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
-    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in config["head_start_ray_commands"][-1]
+    assert (
+        "--autoscaling-config=~/ray_bootstrap_config.yaml" in config["head_start_ray_commands"][-1]
+    )
     assert "--address=$RAY_HEAD_IP:6379" in config["worker_start_ray_commands"][-1]
 
 
 def test_on_prem_machines_are_all_used_without_saying_so_twice():
     node = prepared(LAUNCHERS["on-prem.yaml"])["available_node_types"]["local.cluster.node"]
-    assert node["min_workers"] == node["max_workers"] == len(LAUNCHERS["on-prem.yaml"]["provider"]["worker_ips"])
+    assert (
+        node["min_workers"]
+        == node["max_workers"]
+        == len(LAUNCHERS["on-prem.yaml"]["provider"]["worker_ips"])
+    )
 
 
 def test_on_aws_the_head_is_on_demand_and_workers_are_spot_machines_from_zero():
@@ -441,10 +538,14 @@ def test_on_aws_the_head_is_on_demand_and_workers_are_spot_machines_from_zero():
     head, workers = types["head"], types["gpu-spot"]
     assert "InstanceMarketOptions" not in head["node_config"]
     assert workers["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert workers["min_workers"] == 0 < workers["max_workers"] == LAUNCHERS["aws.yaml"]["max_workers"]
+    assert (
+        workers["min_workers"] == 0 < workers["max_workers"] == LAUNCHERS["aws.yaml"]["max_workers"]
+    )
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for node in (head, workers):
-        assert node["node_config"]["ImageId"].startswith("ami-")  # Ray's own default is too old for the image's CUDA
+        assert node["node_config"]["ImageId"].startswith(
+            "ami-"
+        )  # Ray's own default is too old for the image's CUDA
         parameters = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
         assert not ParamValidator().validate(parameters, shape).generate_report()
         assert ParamValidator().validate({**parameters, "InstanceTyp": "x"}, shape).has_errors()

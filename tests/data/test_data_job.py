@@ -81,10 +81,14 @@ def made(recipe: Recipe, run_dir: Path) -> dict:
 
 
 def hashes(run_dir: Path) -> dict[str, int]:
-    return {file.name: hash(file.read_bytes()) for file in sorted((run_dir / "data").glob("segments*"))}
+    return {
+        file.name: hash(file.read_bytes()) for file in sorted((run_dir / "data").glob("segments*"))
+    }
 
 
-def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(session, corpus, tmp_path):
+def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
+    session, corpus, tmp_path
+):
     run = tmp_path / "run"
     manifest = made(recipe_of(corpus), run)
     assert manifest["documents_read"] == 60 + 2 + 8
@@ -117,7 +121,9 @@ def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(sessio
     other = made(recipe_of(corpus), tmp_path / "other")
     assert other["fingerprint"] == manifest["fingerprint"]
     parquet = [name for name in hashes(run) if name.endswith(".parquet")]
-    assert [hashes(run)[name] for name in parquet] == [hashes(tmp_path / "other")[name] for name in parquet]
+    assert [hashes(run)[name] for name in parquet] == [
+        hashes(tmp_path / "other")[name] for name in parquet
+    ]
 
     # a run that lost some files, and has some torn, ends in the same bytes
     run, before = tmp_path / "other", hashes(tmp_path / "other")
@@ -153,7 +159,12 @@ def test_too_few_documents_are_told_and_a_lower_quota_goes_on(session, corpus, t
 
 def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path, capsys):
     (corpus / "long.txt").write_text("\n".join(LONG) + "\n\n" + LONG[0])
-    text = {"name": "text", "path": [str(corpus / "long.txt")], "split": "line", "piece_tokens": 100}
+    text = {
+        "name": "text",
+        "path": [str(corpus / "long.txt")],
+        "split": "line",
+        "piece_tokens": 100,
+    }
     bands = [{"max_tokens": 128, "tokens": 600}]
     manifest = made(recipe_of(corpus, sources=[text], bands=bands, num_shards=1), tmp_path / "run")
     assert manifest["num_segments"]["long"] == 0
@@ -162,7 +173,9 @@ def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path,
     assert max(np.diff(reader[i].cu_seqlens).max() for i in range(len(reader))) == 100
 
     (corpus / "short9.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
-    with pytest.raises(ValueError, match=r"data\.sources\.short: cannot read .*'text' in row 2, got txt") as caught:
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.short: cannot read .*'text' in row 2, got txt"
+    ) as caught:
         made(recipe_of(corpus), tmp_path / "bad")
     assert "\n" not in str(caught.value)
 
@@ -171,7 +184,9 @@ def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path,
     for name in ("tokens", "segments"):
         blocked = tmp_path / "blocked" / "data" / f"{name}-00001.parquet"
         blocked.mkdir(parents=True)
-        with pytest.raises(ValueError, match=rf"--run-dir: cannot write .*{name}-00001\.parquet.* Is a directory"):
+        with pytest.raises(
+            ValueError, match=rf"--run-dir: cannot write .*{name}-00001\.parquet.* Is a directory"
+        ):
             made(recipe_of(corpus), tmp_path / "blocked")
         blocked.rmdir()
 
@@ -189,16 +204,29 @@ def test_mistakes_are_told_before_ray_starts(corpus, tmp_path, capsys):
         "data.sources.a.path: expected"
     )
     hub = [{"name": "a", "path": ["hf://some/where"]}]
-    assert "pip install datasets" in mistake(sources=hub, bands=[{"max_tokens": 128, "tokens": 600}])
+    assert "pip install datasets" in mistake(
+        sources=hub, bands=[{"max_tokens": 128, "tokens": 600}]
+    )
     field = [{"name": "a", "path": [str(corpus / "long.parquet")]}]
-    assert "expected 'text' in row 0, got body" in mistake(sources=field, bands=[{"max_tokens": 128, "tokens": 600}])
+    assert "expected 'text' in row 0, got body" in mistake(
+        sources=field, bands=[{"max_tokens": 128, "tokens": 600}]
+    )
     assert main(["data", "debug", "--run-dir", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "error: data: missing; add a [data] section with sources and bands\n"
+    assert (
+        capsys.readouterr().err
+        == "error: data: missing; add a [data] section with sources and bands\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_shard_that_arrow_cannot_hold_is_refused_by_name():
-    rows = {"shard": [0, 0], "key": [1, 2], "source": ["a", "a"], "num_tokens": [2**30, 2**30], "ids": [[1], [2]]}
+    rows = {
+        "shard": [0, 0],
+        "key": [1, 2],
+        "source": ["a", "a"],
+        "num_tokens": [2**30, 2**30],
+        "ids": [[1], [2]],
+    }
     table = pa.table(rows, schema=data._TOKENS)
     wanted = r"data\.num_shards: expected at most 2147483647 tokens in a shard, got 2147483648 in shard 3"
     with pytest.raises(ValueError, match=wanted):
@@ -211,9 +239,15 @@ def test_a_shard_that_arrow_cannot_hold_is_refused_by_name():
 )
 def test_what_ends_a_document_in_a_text_file(tmp_path, split, documents):
     (tmp_path / "t.txt").write_text("a\n b\n\n \nc\n")
-    assert list(read_documents(SourceSection(name="s", path=["x"], split=split), f"{tmp_path}/t.txt")) == documents
+    assert (
+        list(read_documents(SourceSection(name="s", path=["x"], split=split), f"{tmp_path}/t.txt"))
+        == documents
+    )
 
 
 def test_a_row_may_hold_half_a_character_or_nothing(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": null}\n')
-    assert list(read_documents(SourceSection(name="s", path=["x"]), f"{tmp_path}/t.jsonl")) == ["a?b", ""]
+    assert list(read_documents(SourceSection(name="s", path=["x"]), f"{tmp_path}/t.jsonl")) == [
+        "a?b",
+        "",
+    ]

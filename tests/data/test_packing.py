@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from longrope2_ray.data.packing import Segment, pack
 from longrope2_ray.data.quotas import band_of, quotas_of, select, windows_of
-from longrope2_ray.data.shards import SegmentReader, content_digest, rows_per_group, segments_to_parquet
+from longrope2_ray.data.shards import (
+    SegmentReader,
+    content_digest,
+    rows_per_group,
+    segments_to_parquet,
+)
 from longrope2_ray.errors import RunDirError
 from longrope2_ray.recipe.training import BandSection, SourceSection
 from longrope2_ray.storage.rundir import RunDir
@@ -38,7 +43,9 @@ def assert_valid(segment: Segment, window: str) -> None:
 def test_short_segments_hold_documents_from_their_start(lengths):
     documents = documents_of(lengths)
     packed = pack(documents, "short", LENGTH, ORIGINAL)
-    assert len(packed.segments) * LENGTH + packed.truncated_tokens + packed.left_over_tokens == sum(lengths)
+    assert len(packed.segments) * LENGTH + packed.truncated_tokens + packed.left_over_tokens == sum(
+        lengths
+    )
     assert packed.left_over_tokens < LENGTH
     starts = {int(document[0]) for document in documents}
     for segment in packed.segments:
@@ -53,9 +60,13 @@ def test_short_segments_hold_documents_from_their_start(lengths):
 def test_long_segments_go_on_with_a_rest_that_is_long(lengths):
     documents = documents_of(lengths)
     packed = pack(documents, "long", LENGTH, ORIGINAL)
-    assert len(packed.segments) * LENGTH + packed.truncated_tokens + packed.left_over_tokens == sum(lengths)
+    assert len(packed.segments) * LENGTH + packed.truncated_tokens + packed.left_over_tokens == sum(
+        lengths
+    )
     assert packed.truncated_tokens <= ORIGINAL * len(lengths)
-    tokens = np.concatenate([np.empty(0, np.int64), *(segment.input_ids for segment in packed.segments)])
+    tokens = np.concatenate(
+        [np.empty(0, np.int64), *(segment.input_ids for segment in packed.segments)]
+    )
     assert (np.diff(tokens) > 0).all()  # in order, none twice
     for segment in packed.segments:
         assert_valid(segment, "long")
@@ -89,8 +100,13 @@ def test_windows_follow_from_the_original_length():
 
 
 def test_weights_share_a_band_among_its_sources():
-    sources = [SourceSection(name=n, path=["x"], weight=w) for n, w in (("a", 1), ("b", 3), ("c", 9))]
-    bands = [BandSection(max_tokens=8, tokens=100, sources=["a", "b"]), BandSection(max_tokens=32, tokens=130)]
+    sources = [
+        SourceSection(name=n, path=["x"], weight=w) for n, w in (("a", 1), ("b", 3), ("c", 9))
+    ]
+    bands = [
+        BandSection(max_tokens=8, tokens=100, sources=["a", "b"]),
+        BandSection(max_tokens=32, tokens=130),
+    ]
     assert quotas_of(bands, sources) == {(0, 0): 25, (0, 1): 75, (1, 0): 10, (1, 1): 30, (1, 2): 90}
 
 
@@ -98,15 +114,26 @@ def test_weights_share_a_band_among_its_sources():
 def test_quotas_take_the_least_keys_whatever_the_order(data):
     count = data.draw(st.integers(0, 40))
     keys = np.array(data.draw(st.permutations(range(count))), dtype=np.uint64) + np.uint64(2**63)
-    tokens = np.array(data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)), dtype=np.int32)
-    sources = np.array(data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)), dtype=np.int32)
+    tokens = np.array(
+        data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)), dtype=np.int32
+    )
+    sources = np.array(
+        data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)), dtype=np.int32
+    )
     quotas = {(0, 0): data.draw(st.integers(0, 60)), (0, 1): 7, (1, 0): 5}
     taken = select(keys, tokens, np.zeros(count, dtype=int), sources, quotas)
     order = np.random.default_rng(0).permutation(count)
-    assert select(keys[order], tokens[order], np.zeros(count, dtype=int), sources[order], quotas) == taken
+    assert (
+        select(keys[order], tokens[order], np.zeros(count, dtype=int), sources[order], quotas)
+        == taken
+    )
     for (band, source), its in taken.items():
         mine = (sources == source) & (band == 0)
-        chosen = mine & (keys <= np.uint64(its.last_key)) if its.last_key is not None else np.zeros(count, dtype=bool)
+        chosen = (
+            mine & (keys <= np.uint64(its.last_key))
+            if its.last_key is not None
+            else np.zeros(count, dtype=bool)
+        )
         assert (chosen.sum(), tokens[chosen].sum()) == (its.documents, its.tokens)
         if its.missing:
             assert its.tokens == tokens[mine].sum() == its.quota - its.missing
@@ -118,7 +145,10 @@ def test_the_reader_gives_back_what_was_written(tmp_path, monkeypatch):
     run, length = RunDir(str(tmp_path)), 16384
     rng = np.random.default_rng(0)
     shards = [
-        [Segment(rng.integers(0, 9, length), np.array([0, n, length], np.int32), w) for n, w in enumerate(windows, 1)]
+        [
+            Segment(rng.integers(0, 9, length), np.array([0, n, length], np.int32), w)
+            for n, w in enumerate(windows, 1)
+        ]
         for windows in (["short", "short", "long", "long", "long"], [], ["long"])
     ]
     (tmp_path / "data").mkdir()
@@ -126,7 +156,14 @@ def test_the_reader_gives_back_what_was_written(tmp_path, monkeypatch):
     for index, shard in enumerate(shards):
         run.write_bytes(f"data/s{index}.parquet", segments_to_parquet(shard, length))
         short = sum(s.window == "short" for s in shard)
-        facts.append({"name": f"data/s{index}", "rows": len(shard), "short": short, "long": len(shard) - short})
+        facts.append(
+            {
+                "name": f"data/s{index}",
+                "rows": len(shard),
+                "short": short,
+                "long": len(shard) - short,
+            }
+        )
     with pytest.raises(ValueError, match="run longrope2 data first"):
         SegmentReader(run)
     manifest = {"shards": facts, "fingerprint": "f", "rows_per_group": rows_per_group(length)}

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, VOCABULARY, WINDOW, save_tiny, some_factors, spec_of, tiny_config, tiny_model
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    WINDOW,
+    save_tiny,
+    some_factors,
+    spec_of,
+    tiny_config,
+    tiny_model,
+)
 from tokenizers import Tokenizer, models
 
 from longrope2_ray.export.huggingface import extended_config, save_extended
@@ -26,7 +35,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_runs_an_export_as_it_was_trained(family: str, mixed: bool, tmp_path: Path) -> None:
+def test_transformers_runs_an_export_as_it_was_trained(
+    family: str, mixed: bool, tmp_path: Path
+) -> None:
     base = save_tiny(family, tmp_path / "base")
     spec = read_spec(base, original_length=ORIGINAL)
     values = some_factors(spec.geometry.num_cosines)
@@ -48,7 +59,10 @@ def test_transformers_runs_an_export_as_it_was_trained(family: str, mixed: bool,
             assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-4), length
     said = theirs.config.get_text_config().rope_parameters
     said = said.get("full_attention", said)
-    assert (said["short_mscale"], said["long_mscale"]) == ((1.0 if mixed else 1.2), 1.2)  # what vLLM reads
+    assert (said["short_mscale"], said["long_mscale"]) == (
+        (1.0 if mixed else 1.2),
+        1.2,
+    )  # what vLLM reads
 
 
 def test_an_export_keeps_stop_tokens_and_knows_its_window(tmp_path: Path) -> None:
@@ -57,9 +71,18 @@ def test_an_export_keeps_stop_tokens_and_knows_its_window(tmp_path: Path) -> Non
     own = transformers.GenerationConfig(eos_token_id=[1, 7], do_sample=True, temperature=0.6)
     own.save_pretrained(base)
     spec = read_spec(base)
-    config = extended_config(read_config(base), spec, RescaleFactors(some_factors(spec.geometry.num_cosines)), LENGTH)
+    config = extended_config(
+        read_config(base), spec, RescaleFactors(some_factors(spec.geometry.num_cosines)), LENGTH
+    )
     weights = load_model(base, device="cpu").state_dict()
-    save_extended(tmp_path / "model", config, weights, tokenizer(), torch.float32, load_generation_config(base))
+    save_extended(
+        tmp_path / "model",
+        config,
+        weights,
+        tokenizer(),
+        torch.float32,
+        load_generation_config(base),
+    )
     kept = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
     assert (kept.eos_token_id, kept.do_sample, kept.temperature) == ([1, 7], True, 0.6)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").model_max_length == LENGTH
@@ -67,7 +90,9 @@ def test_an_export_keeps_stop_tokens_and_knows_its_window(tmp_path: Path) -> Non
 
 def test_a_generation_config_that_could_not_be_saved_costs_no_training(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
-    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 1, "max_new_tokens": -1}')
+    (tmp_path / "base" / "generation_config.json").write_text(
+        '{"eos_token_id": 1, "max_new_tokens": -1}'
+    )
     assert load_generation_config(base) is None
 
 

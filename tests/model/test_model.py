@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, SHAPE, VOCABULARY, WINDOW, save_tiny, some_factors, spec_of, tiny_config, tiny_model
+from tiny_models import (
+    FAMILIES,
+    SHAPE,
+    VOCABULARY,
+    WINDOW,
+    save_tiny,
+    some_factors,
+    spec_of,
+    tiny_config,
+    tiny_model,
+)
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,7 +37,12 @@ from transformers import (
 
 from longrope2_ray.model.costs import layer_parameters
 from longrope2_ray.model.fingerprint import model_fingerprint
-from longrope2_ray.model.loading import check_attention, load_model, load_tokenizer, require_loadable
+from longrope2_ray.model.loading import (
+    check_attention,
+    load_model,
+    load_tokenizer,
+    require_loadable,
+)
 from longrope2_ray.model.pinned_rope import PinnedRope
 from longrope2_ray.model.source import resolve_model_path
 from longrope2_ray.model.spec import ModelSpec, read_spec, require_sight
@@ -49,7 +64,11 @@ def input_ids() -> torch.Tensor:
 
 
 def rotary_of(model: torch.nn.Module) -> torch.nn.Module:
-    return next(m for m in model.modules() if any(n.endswith("inv_freq") for n, _ in m.named_buffers(recurse=False)))
+    return next(
+        m
+        for m in model.modules()
+        if any(n.endswith("inv_freq") for n, _ in m.named_buffers(recurse=False))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- specs
@@ -66,7 +85,9 @@ def test_spec_matches_the_loaded_model(family: str, saved: dict[str, str]) -> No
     assert spec.num_layers == 3
     assert (spec.num_heads, spec.num_kv_heads) == (4, 2)
     assert spec.sliding_window == (40 if family == "mistral_windowed" else None)
-    assert spec.rope_base == {"llama_odd_head_dim": 5e5, "qwen2": 1e6, "gemma3": 1e6}.get(family, 1e4)
+    assert spec.rope_base == {"llama_odd_head_dim": 5e5, "qwen2": 1e6, "gemma3": 1e6}.get(
+        family, 1e4
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,12 +101,18 @@ def test_spec_matches_the_loaded_model(family: str, saved: dict[str, str]) -> No
                            "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}),
     ],
 )  # fmt: skip
-def test_a_mixture_of_experts_counts_those_that_a_token_is_sent_to(config: str, changes: dict, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_counts_those_that_a_token_is_sent_to(
+    config: str, changes: dict, tmp_path: Path
+) -> None:
     """Here a token is sent to all of them, so that it passes every matrix of a layer but the routers'."""
     model = tiny_model(getattr(transformers, config)(**SHAPE | changes))
     model.save_pretrained(tmp_path)
-    matrices = {name: p for name, p in model.get_decoder().layers[0].named_parameters() if p.ndim > 1}
-    routers = [name for name in matrices if name.endswith(("gate.weight", "shared_expert_gate.weight"))]
+    matrices = {
+        name: p for name, p in model.get_decoder().layers[0].named_parameters() if p.ndim > 1
+    }
+    routers = [
+        name for name in matrices if name.endswith(("gate.weight", "shared_expert_gate.weight"))
+    ]
     assert routers
     passed = sum(p.numel() for name, p in matrices.items() if name not in routers)
     assert layer_parameters(read_spec(str(tmp_path))) == passed
@@ -93,7 +120,9 @@ def test_a_mixture_of_experts_counts_those_that_a_token_is_sent_to(config: str, 
 
 def test_a_sliding_window_can_be_opened(saved: dict[str, str]) -> None:
     spec = read_spec(saved["mistral_windowed"])
-    with pytest.raises(ValueError, match=r"model\.sliding_window: expected 96 tokens .* got a window of 40"):
+    with pytest.raises(
+        ValueError, match=r"model\.sliding_window: expected 96 tokens .* got a window of 40"
+    ):
         require_sight(spec, "some model", 96)
     opened = read_spec(saved["mistral_windowed"], sliding_window=96)
     require_sight(opened, "some model", 96)
@@ -103,7 +132,9 @@ def test_a_sliding_window_can_be_opened(saved: dict[str, str]) -> None:
     full = tiny_model(tiny_config("mistral"))
     assert torch.equal(far(ids).logits, full(ids).logits)
     assert not torch.allclose(near(ids).logits, far(ids).logits, atol=1e-3)
-    with pytest.raises(ValueError, match=r"model\.sliding_window: expected a model with sliding layers"):
+    with pytest.raises(
+        ValueError, match=r"model\.sliding_window: expected a model with sliding layers"
+    ):
         read_spec(saved["llama"], sliding_window=96)
 
 
@@ -112,7 +143,9 @@ def test_spec_takes_another_original_length(saved: dict[str, str]) -> None:
 
 
 def test_spec_by_hand_knows_its_geometry() -> None:
-    llama3_8b = ModelSpec("llama", "LlamaForCausalLM", 128, 128, 5e5, 8192, 4096, 14336, 32, 32, 8, 128256)
+    llama3_8b = ModelSpec(
+        "llama", "LlamaForCausalLM", 128, 128, 5e5, 8192, 4096, 14336, 32, 32, 8, 128256
+    )
     assert llama3_8b.geometry.theoretical_critical_dim == 35
 
 
@@ -120,7 +153,9 @@ def test_spec_by_hand_knows_its_geometry() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pinned_factors_equal_longrope_of_transformers(family: str, input_ids: torch.Tensor) -> None:
+def test_pinned_factors_equal_longrope_of_transformers(
+    family: str, input_ids: torch.Tensor
+) -> None:
     model = tiny_model(tiny_config(family))
     spec = spec_of(model)
     factors = some_factors(spec.rotary_dim // 2)
@@ -133,7 +168,9 @@ def test_pinned_factors_equal_longrope_of_transformers(family: str, input_ids: t
         "attention_factor": ATTENTION_FACTOR,
     }
     changes = {"original_max_position_embeddings": WINDOW} if family.startswith("phi3") else {}
-    native = tiny_model(tiny_config(family, longrope, max_position_embeddings=4 * WINDOW, **changes))
+    native = tiny_model(
+        tiny_config(family, longrope, max_position_embeddings=4 * WINDOW, **changes)
+    )
     native.load_state_dict(model.state_dict())
     with torch.inference_mode():
         unscaled = model(input_ids=input_ids, use_cache=False).logits
@@ -141,7 +178,9 @@ def test_pinned_factors_equal_longrope_of_transformers(family: str, input_ids: t
             pinned = model(input_ids=input_ids, use_cache=False).logits
         expected = native(input_ids=input_ids, use_cache=False).logits
     torch.testing.assert_close(pinned, expected, atol=1e-4, rtol=1e-4)
-    assert (unscaled - expected).abs().max() > 1e-2, "the factors must matter for this test to mean anything"
+    assert (unscaled - expected).abs().max() > 1e-2, (
+        "the factors must matter for this test to mean anything"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,10 +200,16 @@ def test_restore_gives_the_bits_back(family: str, input_ids: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_positions_may_keep_the_original_angles(family: str, input_ids: torch.Tensor) -> None:
+def test_the_first_positions_may_keep_the_original_angles(
+    family: str, input_ids: torch.Tensor
+) -> None:
     model = tiny_model(tiny_config(family))
     spec = spec_of(model)
-    rope, factors, length = PinnedRope(model, spec), some_factors(spec.rotary_dim // 2), input_ids.shape[1]
+    rope, factors, length = (
+        PinnedRope(model, spec),
+        some_factors(spec.rotary_dim // 2),
+        input_ids.shape[1],
+    )
     with torch.inference_mode():
 
         def logits(values: np.ndarray, start_tokens: int) -> torch.Tensor:
@@ -174,7 +219,9 @@ def test_the_first_positions_may_keep_the_original_angles(family: str, input_ids
         original, rescaled = logits(np.ones_like(factors), 0), logits(factors, 0)
         some, all_of_them = logits(factors, 5), logits(factors, length)
         torch.testing.assert_close(some[:, :5], original[:, :5], atol=1e-4, rtol=1e-4)
-        assert (some[:, 5:] - rescaled[:, 5:]).abs().max() > 1e-3, "later positions see the first ones elsewhere"
+        assert (some[:, 5:] - rescaled[:, 5:]).abs().max() > 1e-3, (
+            "later positions see the first ones elsewhere"
+        )
         torch.testing.assert_close(all_of_them, original, atol=1e-4, rtol=1e-4)
         assert torch.equal(logits(factors, 0), rescaled), "nothing is left behind"
 
@@ -211,7 +258,10 @@ def test_sliding_layers_of_gemma3_keep_their_angles() -> None:
     sliding = rotary.sliding_attention_inv_freq.clone()
     with PinnedRope(model, spec_of(model)).pinned(some_factors(12), 1.5):
         assert torch.equal(rotary.sliding_attention_inv_freq, sliding)
-        assert (rotary.sliding_attention_attention_scaling, rotary.full_attention_attention_scaling) == (1.0, 1.5)
+        assert (
+            rotary.sliding_attention_attention_scaling,
+            rotary.full_attention_attention_scaling,
+        ) == (1.0, 1.5)
 
 
 def test_bfloat16_keeps_the_angles_in_float32(saved: dict[str, str]) -> None:
@@ -221,7 +271,10 @@ def test_bfloat16_keeps_the_angles_in_float32(saved: dict[str, str]) -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
     factors = some_factors(8)
     expected = torch.from_numpy(spec.geometry.angles / factors).float()
-    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.float):  # the second finds angles that bfloat16 rounded
+    for cast in (
+        torch.nn.Module.bfloat16,
+        torch.nn.Module.float,
+    ):  # the second finds angles that bfloat16 rounded
         model = cast(model)
         rope = PinnedRope(model, spec)
         rope.pin(factors, 1.0)
@@ -230,7 +283,9 @@ def test_bfloat16_keeps_the_angles_in_float32(saved: dict[str, str]) -> None:
         rope.pin(factors, 1.0)
         assert torch.equal(rotary_of(model).inv_freq, expected)
         rope.restore()
-        torch.testing.assert_close(rotary_of(model).inv_freq, torch.from_numpy(spec.geometry.angles).float())
+        torch.testing.assert_close(
+            rotary_of(model).inv_freq, torch.from_numpy(spec.geometry.angles).float()
+        )
         model.bfloat16()
 
 
@@ -257,8 +312,12 @@ def test_a_rope_that_is_not_the_spec_is_refused() -> None:
 
 
 def test_models_without_rope_are_refused(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=16)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.path: expected a model with rotary.*GPT2LMHeadModel"):
+    GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=16)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model.path: expected a model with rotary.*GPT2LMHeadModel"
+    ):
         read_spec(str(tmp_path))
 
 
@@ -271,7 +330,9 @@ def test_models_without_a_language_head_are_refused(tmp_path: Path) -> None:
         "vocab_size": 11,
     }
     BertForSequenceClassification(BertConfig(**small)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="expected a causal language model, got BertForSequenceClassification"):
+    with pytest.raises(
+        ValueError, match="expected a causal language model, got BertForSequenceClassification"
+    ):
         read_spec(str(tmp_path / "bert"))
     t5 = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
@@ -291,7 +352,15 @@ def test_latent_attention_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope", "longrope with a temperature at all lengths"]
+    "rope_type",
+    [
+        "linear",
+        "dynamic",
+        "yarn",
+        "llama3",
+        "longrope",
+        "longrope with a temperature at all lengths",
+    ],
 )
 def test_extended_checkpoints_are_refused(rope_type: str, tmp_path: Path) -> None:
     rope = {
@@ -310,12 +379,16 @@ def test_extended_checkpoints_are_refused(rope_type: str, tmp_path: Path) -> Non
         },
     }[rope_type]  # fmt: skip
     rope_type = rope_type.split()[0]
-    tiny_config("llama", {"rope_type": rope_type, **rope}, max_position_embeddings=2 * WINDOW).save_pretrained(tmp_path)
+    tiny_config(
+        "llama", {"rope_type": rope_type, **rope}, max_position_embeddings=2 * WINDOW
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"got '{rope_type}'.*un-extended base model"):
         read_spec(str(tmp_path))
 
 
-@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "weights.gguf", "a/b/c", "bundled:nothing"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/model", "./nowhere", "weights.gguf", "a/b/c", "bundled:nothing"]
+)
 def test_missing_paths_are_refused(path: str) -> None:
     with pytest.raises(ValueError, match=r"model.path: expected .*got"):
         resolve_model_path(path)
@@ -349,13 +422,17 @@ def test_gguf_files_are_picked_or_asked_for(tmp_path: Path) -> None:
         resolve_model_path(str(tmp_path), "c.gguf")
 
 
-def test_weights_that_are_missing_or_torn_are_refused(saved: dict[str, str], tmp_path: Path) -> None:
+def test_weights_that_are_missing_or_torn_are_refused(
+    saved: dict[str, str], tmp_path: Path
+) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.path: expected weights .* which has none"):
         require_loadable(str(tmp_path))
     whole = Path(saved["llama"], "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model.path: expected whole weights, got model.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"model.path: expected whole weights, got model.safetensors"
+    ):
         require_loadable(str(tmp_path))
     more_layers = tiny_config("llama", num_hidden_layers=4)
     more_layers.save_pretrained(tmp_path)
@@ -372,11 +449,14 @@ def test_tokenizer_that_is_missing_is_refused(saved: dict[str, str]) -> None:
 def test_kernels_that_are_missing_are_refused(saved: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.attention: expected one of"):
         check_attention("fast", "cpu")
-    with pytest.raises(ValueError, match=r"expected 'sdpa' or 'eager' on a CPU, got 'flash_attention_2'"):
+    with pytest.raises(
+        ValueError, match=r"expected 'sdpa' or 'eager' on a CPU, got 'flash_attention_2'"
+    ):
         check_attention("flash_attention_2", "cpu")
     if importlib.util.find_spec("flash_attn") is None:
         with pytest.raises(
-            ValueError, match=r"pip install --no-build-isolation 'longrope2_ray\[gpu\]' or set model.attention = 'sdpa'"
+            ValueError,
+            match=r"pip install --no-build-isolation 'longrope2_ray\[gpu\]' or set model.attention = 'sdpa'",
         ):
             check_attention("flash_attention_2", "auto")
     with pytest.raises(ValueError, match=r"model.dtype: expected one of"):
@@ -392,7 +472,9 @@ def test_kernels_that_are_missing_are_refused(saved: dict[str, str], tmp_path: P
         "num_attention_heads": 2,
         "head_dim": 8,
     }
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=11, num_key_value_heads=1, **small)).save_pretrained(tmp_path)
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=11, num_key_value_heads=1, **small)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ValueError, match=r"expected one of .*eager for Gemma2ForCausalLM"):
         load_model(str(tmp_path), device="cpu")
 
@@ -474,7 +556,9 @@ def test_gguf_loads_as_an_ordinary_model(dtype: str, tmp_path: Path) -> None:
 def test_gguf_files_whose_rope_transformers_would_drop_are_refused(
     change: Any, message: str | None, tmp_path: Path
 ) -> None:
-    write_gguf(tiny_model(tiny_config("llama", tie_word_embeddings=False)), tmp_path / "tiny.gguf", change)
+    write_gguf(
+        tiny_model(tiny_config("llama", tie_word_embeddings=False)), tmp_path / "tiny.gguf", change
+    )
     if message is None:
         assert read_spec(str(tmp_path)).rotary_dim == 16
         return
@@ -498,7 +582,9 @@ def test_a_gguf_that_rotates_less_than_transformers_would_is_refused(tmp_path: P
         read_spec(str(tmp_path))
 
 
-def write_gguf(model: torch.nn.Module, path: Path, change: Callable[[Any], None] = lambda writer: None) -> None:
+def write_gguf(
+    model: torch.nn.Module, path: Path, change: Callable[[Any], None] = lambda writer: None
+) -> None:
     """A Llama as llama.cpp lays it out: its own names, and query and key rows interleaved; ``change`` adds to it."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -514,7 +600,10 @@ def write_gguf(model: torch.nn.Module, path: Path, change: Callable[[Any], None]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         rows = tensor
-        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        for projection, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
             if projection in name:
                 halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
                 rows = halves.swapaxes(1, 2).reshape(tensor.shape)

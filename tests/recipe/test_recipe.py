@@ -42,16 +42,28 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, BASE))
     search = recipe.search
     assert (search.population_size, search.iterations, search.mutation_probability) == (64, 40, 0.3)
-    assert (search.tail_bounds, search.attention_factor, search.racing) == ((1.0, 2.0), 1.0, "exact")
+    assert (search.tail_bounds, search.attention_factor, search.racing) == (
+        (1.0, 2.0),
+        1.0,
+        "exact",
+    )
     assert (recipe.needles.num_samples, recipe.needles.depth) == (10, "start")
 
 
 @pytest.mark.parametrize(
     ("added", "field", "says"),
     [
-        ("popluation_size = 3", "search.popluation_size", "unknown recipe field; did you mean search.population_size?"),
+        (
+            "popluation_size = 3",
+            "search.popluation_size",
+            "unknown recipe field; did you mean search.population_size?",
+        ),
         ("[serach]\nseed = 1", "serach", "unknown recipe field; did you mean search?"),
-        ("[needles]\nnum_sample = 1", "needles.num_sample", "unknown recipe field; did you mean needles.num_samples?"),
+        (
+            "[needles]\nnum_sample = 1",
+            "needles.num_sample",
+            "unknown recipe field; did you mean needles.num_samples?",
+        ),
         ("[model.shap]\na = 1", "model.shap", "unknown recipe field; did you mean model.shape?"),
         ("[zzzzzz]\na = 1", "zzzzzz", "unknown recipe field"),
         ("seed = 'a'", "search.seed", "'a'"),
@@ -103,7 +115,9 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         ("needles = 3", "search.needles", "unknown recipe field"),
     ],
 )
-def test_a_wrong_field_gives_one_line_that_names_it(tmp_path: Path, added: str, field: str, says: str) -> None:
+def test_a_wrong_field_gives_one_line_that_names_it(
+    tmp_path: Path, added: str, field: str, says: str
+) -> None:
     lines = complaints(tmp_path, BASE + added)
     assert len(lines) == 1
     assert lines[0].startswith(f"{field}:")
@@ -135,7 +149,11 @@ def test_a_wrong_head_of_a_recipe_gives_one_line_that_names_the_field(
 
 def test_every_mistake_has_its_line(tmp_path: Path) -> None:
     lines = complaints(tmp_path, BASE + "sead = 1\ntop_k = 0\n[scorer]\nthreads = 'a'\n")
-    assert {line.split(":")[0] for line in lines} == {"search.sead", "search.top_k", "scorer.threads"}
+    assert {line.split(":")[0] for line in lines} == {
+        "search.sead",
+        "search.top_k",
+        "scorer.threads",
+    }
     assert len(lines) == 3
 
 
@@ -147,7 +165,8 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
     with pytest.raises(RecipeError, match=r"^recipe: expected TOML in .*b.toml"):
         load_recipe(binary)
     with pytest.raises(
-        RecipeError, match=r"^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist"
+        RecipeError,
+        match=r"^recipe: expected a TOML file or one of .*, got 'nowhere', which does not exist",
     ):
         load_recipe("nowhere")
     with pytest.raises(RecipeError, match="which does not exist"):
@@ -173,34 +192,50 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
         (["--search.seed", "3", "--search.seed", "4"], "search.seed", 4),
     ],
 )
-def test_the_command_line_overrides_a_field(tmp_path: Path, overrides: list[str], field: str, value: Any) -> None:
+def test_the_command_line_overrides_a_field(
+    tmp_path: Path, overrides: list[str], field: str, value: Any
+) -> None:
     changed = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n"), overrides))
     plain = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n")))
     assert changed[field] == value
     assert {key for key in plain if plain[key] != changed[key]} <= {field}
 
 
-@pytest.mark.parametrize(("preset", "size", "top_k"), [("default", 8, 8), ("paper", 16, 16), ("paper", 64, 32)])
-def test_a_small_population_lowers_its_survivors(tmp_path: Path, preset: str, size: int, top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("preset", "size", "top_k"), [("default", 8, 8), ("paper", 16, 16), ("paper", 64, 32)]
+)
+def test_a_small_population_lowers_its_survivors(
+    tmp_path: Path, preset: str, size: int, top_k: int
+) -> None:
     said = (f"--search.preset={preset}", f"--search.population-size={size}")
     assert load_recipe(write(tmp_path, BASE), said).search.top_k == top_k
-    written = load_recipe(write(tmp_path, BASE + f"preset = '{preset}'\npopulation_size = {size}\n"))
+    written = load_recipe(
+        write(tmp_path, BASE + f"preset = '{preset}'\npopulation_size = {size}\n")
+    )
     assert written.search.top_k == top_k
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("--search.sead", "3"), "--search.sead: unknown recipe field; did you mean --search.seed?"),
+        (
+            ("--search.sead", "3"),
+            "--search.sead: unknown recipe field; did you mean --search.seed?",
+        ),
         (
             ("--search.seed", "x"),
             "search.seed: expected a valid integer, unable to parse string as an integer, got 'x'",
         ),
-        (("--search.seed",), "command line: error parsing CLI: argument --search.seed: expected one argument"),
+        (
+            ("--search.seed",),
+            "command line: error parsing CLI: argument --search.seed: expected one argument",
+        ),
         (("stray",), "command line: error parsing CLI: unrecognized arguments: stray"),
     ],
 )
-def test_a_wrong_override_gives_one_line(tmp_path: Path, overrides: tuple[str, ...], says: str) -> None:
+def test_a_wrong_override_gives_one_line(
+    tmp_path: Path, overrides: tuple[str, ...], says: str
+) -> None:
     assert complaints(tmp_path, BASE, overrides) == [says]
 
 
@@ -213,17 +248,24 @@ def test_the_mistaken_file_can_be_put_right_from_the_command_line(tmp_path: Path
 def test_a_preset_fills_defaults_and_explicit_fields_win(preset: str) -> None:
     filled = SearchSection.model_validate({"target_length": 1024, "preset": preset})
     assert {name: getattr(filled, name) for name in PRESETS[preset]} == PRESETS[preset]
-    mine = SearchSection.model_validate({"target_length": 1024, "preset": preset, "mutation": "local", "niche_size": 1})
+    mine = SearchSection.model_validate(
+        {"target_length": 1024, "preset": preset, "mutation": "local", "niche_size": 1}
+    )
     assert (mine.mutation, mine.niche_size) == ("local", 1)
     assert SearchSection.model_validate(mine.model_dump()) == mine
 
 
 def test_a_preset_can_be_chosen_on_the_command_line(tmp_path: Path) -> None:
-    assert load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search.mutation == "neighbours"
+    assert (
+        load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search.mutation
+        == "neighbours"
+    )
 
 
 def test_presets_name_known_fields_only() -> None:
-    assert {name for preset in PRESETS.values() for name in preset} <= set(SearchSection.model_fields)
+    assert {name for preset in PRESETS.values() for name in preset} <= set(
+        SearchSection.model_fields
+    )
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -257,7 +299,9 @@ def test_the_reference_lists_every_field() -> None:
         ("model.path", "s3://key:sec@secret@bucket/model"),
     ],
 )
-def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: str, value: str) -> None:
+def test_a_secret_in_a_url_is_refused_and_not_repeated(
+    tmp_path: Path, field: str, value: str
+) -> None:
     (line,) = complaints(tmp_path, BASE, (f"--{field}", value))
     assert line.startswith(f"{field}: expected a URL without credentials")
     assert "secret" not in line
@@ -271,7 +315,9 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, field: st
 )  # fmt: skip
 @pytest.mark.parametrize("before", ["?", "?se=2030&sp=r&", "#", "?a;"])
 def test_a_secret_in_a_query_is_refused_and_not_repeated(before: str, key: str) -> None:
-    with pytest.raises(ValueError, match=r"without credentials, got https://host/a\?\*\*\*;") as caught:
+    with pytest.raises(
+        ValueError, match=r"without credentials, got https://host/a\?\*\*\*;"
+    ) as caught:
         refuse_credentials(f"https://host/a{before}{key}=hidden&se=1")
     assert "hidden" not in str(caught.value)
 

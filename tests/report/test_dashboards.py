@@ -31,14 +31,18 @@ from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.training.job import prepare_training, run_training
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
-DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((FOLDER / "dashboards").glob("*.json"))}
+DASHBOARDS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((FOLDER / "dashboards").glob("*.json"))
+}
 PATIENCE_SECONDS = 180
 # No data without a GPU: there the expression must parse, and the names be ones that somebody declares.
 GPU_METRICS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
 MFU = "ray_longrope2_train_model_flops_utilisation"
 
 needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")), reason="needs Prometheus (Debian: prometheus)"
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="needs Prometheus (Debian: prometheus)",
 )
 
 
@@ -105,7 +109,9 @@ class Server:
                 match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
                 assert match, variable["query"]
                 selector, label = substitute(match[1], values), match[2]
-                found = until(lambda: self.get(f"label/{label}/values", **{"match[]": selector}), selector)  # noqa: B023
+                found = until(
+                    lambda: self.get(f"label/{label}/values", **{"match[]": selector}), selector
+                )  # noqa: B023
                 values[variable["name"]] = "|".join(found)
         return values
 
@@ -135,7 +141,10 @@ def shipped_config(folder: Path, ray_folder: str) -> Path:
     """The shipped prometheus.yml with another folder for Ray and a pace for tests; a scrape may take as long as the pause."""
     text = (FOLDER / "prometheus.yml").read_text()
     paces = (("scrape_interval", "5s"), ("evaluation_interval", "5s"), ("refresh_interval", "1s"))
-    for old, new in (("/tmp/ray/", f"{ray_folder}/"), *((f"{name}: 10s", f"{name}: {pace}") for name, pace in paces)):
+    for old, new in (
+        ("/tmp/ray/", f"{ray_folder}/"),
+        *((f"{name}: 10s", f"{name}: {pace}") for name, pace in paces),
+    ):
         assert old in text
         text = text.replace(old, new)
     (folder / "prometheus.yml").write_text(text)
@@ -146,7 +155,10 @@ def shipped_config(folder: Path, ray_folder: str) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Ray, and a Prometheus of its own that scrapes it."""
-    folder, ray_folder = tmp_path_factory.mktemp("prometheus"), tempfile.mkdtemp(prefix="lr", dir="/tmp")
+    folder, ray_folder = (
+        tmp_path_factory.mktemp("prometheus"),
+        tempfile.mkdtemp(prefix="lr", dir="/tmp"),
+    )
     port = free_port()
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -163,7 +175,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             _system_config={"metrics_report_interval_ms": 2000},
         )  # fmt: skip
         found = Server(f"http://127.0.0.1:{port}", f"http://{context.dashboard_url}")
-        until(lambda: found.why_not("ray_node_cpu_count") is None, "scrape of a Ray node; see " + log.name)
+        until(
+            lambda: found.why_not("ray_node_cpu_count") is None,
+            "scrape of a Ray node; see " + log.name,
+        )
         yield found
     finally:
         ray.shutdown()
@@ -188,7 +203,9 @@ def searched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def trained(server: Server, model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def trained(
+    server: Server, model_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A finished training, likewise."""
     folder = prepared_dir(tmp_path_factory.mktemp("training"))
     job, train_dir, _ = prepare_training(recipe_of(model_dir), RunDir(str(folder)))
@@ -209,15 +226,21 @@ def check(server: Server, dashboard: dict[str, Any], run: str) -> None:
         if needs_gpu(expression):
             server.get("query", query=query)  # it parses
     typos = [re.sub(r"\bray_(\w+)", r"ray_\1x", query) for query in with_data]
-    assert [query for query in typos if server.why_not(query) is None] == [], "a wrong name would not be noticed"
+    assert [query for query in typos if server.why_not(query) is None] == [], (
+        "a wrong name would not be noticed"
+    )
 
 
 @needs_prometheus
 @pytest.mark.timeout(900)
-def test_every_panel_of_the_search_dashboard_shows_a_real_search(server: Server, searched: str) -> None:
+def test_every_panel_of_the_search_dashboard_shows_a_real_search(
+    server: Server, searched: str
+) -> None:
     check(server, DASHBOARDS["search"], searched)
     for name in COUNTERS:  # nothing was lost, and that is a 0, not nothing
-        (series,) = server.get("query", query=f'ray_longrope2_{name}_total{{run="debug"}}')["result"]
+        (series,) = server.get("query", query=f'ray_longrope2_{name}_total{{run="debug"}}')[
+            "result"
+        ]
         assert float(series["value"][1]) == 0
     (history,) = server.get("query", query='ray_longrope2_units_done{run="debug"}[1h]')["result"]
     done = [float(value) for _, value in history["values"]]
@@ -227,7 +250,9 @@ def test_every_panel_of_the_search_dashboard_shows_a_real_search(server: Server,
 
 @needs_prometheus
 @pytest.mark.timeout(900)
-def test_every_panel_of_the_training_dashboard_shows_a_real_training(server: Server, trained: str) -> None:
+def test_every_panel_of_the_training_dashboard_shows_a_real_training(
+    server: Server, trained: str
+) -> None:
     check(server, DASHBOARDS["training"], trained)
 
 
@@ -242,9 +267,13 @@ def test_a_wrong_expression_does_not_pass(server: Server) -> None:
 
 @needs_prometheus
 @pytest.mark.timeout(900)
-def test_the_ray_dashboard_finds_prometheus_by_the_variable_that_the_page_names(server: Server) -> None:
+def test_the_ray_dashboard_finds_prometheus_by_the_variable_that_the_page_names(
+    server: Server,
+) -> None:
     assert "export RAY_PROMETHEUS_HOST=" in (FOLDER / "README.md").read_text()
-    with urllib.request.urlopen(f"{server.ray_dashboard}/api/prometheus_health", timeout=60) as answer:
+    with urllib.request.urlopen(
+        f"{server.ray_dashboard}/api/prometheus_health", timeout=60
+    ) as answer:
         assert json.load(answer)["result"] is True
 
 
@@ -264,7 +293,9 @@ def test_every_metric_that_needs_a_gpu_is_declared() -> None:
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_a_dashboard_has_no_overlapping_panels_no_double_ids_and_a_unit_and_words_for_each_panel(name: str) -> None:
+def test_a_dashboard_has_no_overlapping_panels_no_double_ids_and_a_unit_and_words_for_each_panel(
+    name: str,
+) -> None:
     dashboard = DASHBOARDS[name]
     everything = dashboard["panels"]
     assert dashboard["schemaVersion"] >= 39
@@ -299,7 +330,9 @@ def test_a_dashboard_uses_its_variables_and_no_others(name: str) -> None:
 
 @needs_prometheus
 def test_promtool_accepts_the_configuration_and_the_rules(tmp_path: Path) -> None:
-    subprocess.run(["promtool", "check", "config", str(shipped_config(tmp_path, str(tmp_path)))], check=True)
+    subprocess.run(
+        ["promtool", "check", "config", str(shipped_config(tmp_path, str(tmp_path)))], check=True
+    )
 
 
 @needs_prometheus
@@ -336,15 +369,24 @@ def test_each_alert_fires_on_what_it_is_for_and_on_nothing_else(tmp_path: Path) 
         "LongRoPE2DiskFull": "bad: the disk is 95 % full",
     }
     assert names == list(expected)
-    rules = {rule["alert"]: rule for rule in yaml.safe_load((tmp_path / "rules.yml").read_text())["groups"][0]["rules"]}
+    rules = {
+        rule["alert"]: rule
+        for rule in yaml.safe_load((tmp_path / "rules.yml").read_text())["groups"][0]["rules"]
+    }
     alerts = [
         {
             "eval_time": "60m",
             "alertname": name,
             "exp_alerts": [
                 {
-                    "exp_labels": {"severity": "warning", "instance" if "Disk" in name else "run": "bad"},
-                    "exp_annotations": {"summary": summary, "description": rules[name]["annotations"]["description"]},
+                    "exp_labels": {
+                        "severity": "warning",
+                        "instance" if "Disk" in name else "run": "bad",
+                    },
+                    "exp_annotations": {
+                        "summary": summary,
+                        "description": rules[name]["annotations"]["description"],
+                    },
                 }
             ],
         }
@@ -355,7 +397,11 @@ def test_each_alert_fires_on_what_it_is_for_and_on_nothing_else(tmp_path: Path) 
             "tests": [{"interval": "1m", "input_series": inputs, "alert_rule_test": alerts}]}  # fmt: skip
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
     done = subprocess.run(
-        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+        ["promtool", "test", "rules", "test.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -364,7 +410,8 @@ def test_the_pod_monitor_selects_the_ray_pods_of_kuberay_by_their_metrics_port()
     monitor = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())
     assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
     pods = [
-        {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/cluster": "c"} for kind in ("head", "worker")
+        {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/cluster": "c"}
+        for kind in ("head", "worker")
     ]
     selector = monitor["spec"]["selector"]
     for pod in pods:
@@ -379,10 +426,14 @@ def test_the_pod_monitor_selects_the_ray_pods_of_kuberay_by_their_metrics_port()
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 def test_the_config_map_holds_the_dashboards_as_they_are() -> None:
-    built = subprocess.run(["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True, check=True).stdout
+    built = subprocess.run(
+        ["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True, check=True
+    ).stdout
     config_map, monitor = sorted(yaml.safe_load_all(built), key=lambda body: body["kind"])
     assert config_map["metadata"]["labels"] == {"grafana_dashboard": "1"}
-    assert {Path(name).stem: json.loads(text) for name, text in config_map["data"].items()} == DASHBOARDS
+    assert {
+        Path(name).stem: json.loads(text) for name, text in config_map["data"].items()
+    } == DASHBOARDS
     assert monitor["kind"] == "PodMonitor"
 
 

@@ -61,13 +61,17 @@ def test_the_drivers_metrics_come_out_of_rays_endpoint(monkeypatch):
         assert value_of("survivors", text, 'critical_dim="10"') == 1
         assert value_of("scorer_deaths_total", text) == 0, "nothing died, and that is a number"
 
-        later = dataclasses.replace(STATUS, losses={"requeued": 6, "deaths": 2}, critical_dims={"11": 4})
+        later = dataclasses.replace(
+            STATUS, losses={"requeued": 6, "deaths": 2}, critical_dims={"11": 4}
+        )
         for _ in range(3):  # running totals are counted once, however often they are shown
             metrics(later, "units")
         text = scrape_until(lambda text: value_of("units_requeued_total", text) == 6)
         assert value_of("scorer_deaths_total", text) == 2
         text = scrape_until(lambda text: value_of("survivors", text, 'critical_dim="11"') == 4)
-        assert value_of("survivors", text, 'critical_dim="10"') == 0, "a dimension that died out is shown as such"
+        assert value_of("survivors", text, 'critical_dim="10"') == 0, (
+            "a dimension that died out is shown as such"
+        )
 
         observer, began = TrainObserver("seen", checkpoint_steps=2), time.time()
         observer(training_row(1))
@@ -84,7 +88,13 @@ def test_the_drivers_metrics_come_out_of_rays_endpoint(monkeypatch):
 
 def training_row(step: int) -> dict[str, Any]:
     """A logged step, as far as the observer reads it."""
-    return {"step": step, "num_steps": 9, "loss": 2.0, "window_losses": {"long": 2.5}, "seconds": 1.0}
+    return {
+        "step": step,
+        "num_steps": 9,
+        "loss": 2.0,
+        "window_losses": {"long": 2.5},
+        "seconds": 1.0,
+    }
 
 
 def test_the_log_has_one_json_line_a_generation_and_none_for_units(capsys):

@@ -26,7 +26,9 @@ from longrope2_ray.storage.rundir import RunDir
 @pytest.fixture(params=["local", "memory"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     """An opened run of the toy, before its first status."""
-    place = RunDir(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    place = RunDir(
+        str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run"
+    )
     recipe = toy_recipe()
     place.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
     return place
@@ -61,7 +63,10 @@ def write_step(run_dir: RunDir, step: int, folder: str = "train") -> None:
 
 def begin_training(run_dir: RunDir, folder: str = "train") -> None:
     RunDir(str(run_dir.path / folder), folders=("steps",)).create()
-    run_dir.write_json(f"{folder}/run.json", {"recipe": {}, "fingerprints": {}, "num_segments": 8, "source": "winner"})
+    run_dir.write_json(
+        f"{folder}/run.json",
+        {"recipe": {}, "fingerprints": {}, "num_segments": 8, "source": "winner"},
+    )
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -78,7 +83,9 @@ def test_a_finished_search_is_shown_whole_and_nothing_is_written(
     search(run_dir)
     before = contents(tmp_path)
     began = time.monotonic()
-    assert main(["monitor", str(tmp_path / "run")]) == 0  # no terminal: one print, although --once was not given
+    assert (
+        main(["monitor", str(tmp_path / "run")]) == 0
+    )  # no terminal: one print, although --once was not given
     assert time.monotonic() - began < 60
     text, status = capsys.readouterr().out, run_dir.status()
     assert status
@@ -104,7 +111,9 @@ def test_it_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
         "from longrope2_ray.cli import main\n"
         "sys.exit(main(['monitor', sys.argv[1]]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 of 60" in done.stdout
 
@@ -122,7 +131,9 @@ def test_a_search_under_way_shows_where_it_stands(run_dir: RunDir) -> None:
     for words in ("searching", "1 of 3", "ETA 1:02:03", "best 1.25", "median 1.5", "worst 2", "done 1,060", "ahead 7",
                   "busy 2", "starting 1", "requeued 4", "deaths 3", "preemptions 2", "stalls 0"):  # fmt: skip
         assert words in text
-    assert text.index("d_rcd 9") < text.index("d_rcd 11"), "in the order of dimensions, not of their names"
+    assert text.index("d_rcd 9") < text.index("d_rcd 11"), (
+        "in the order of dimensions, not of their names"
+    )
     assert re.search(r"last commit +2:\d\d ago", text)
     assert "no sign of life" not in text
 
@@ -144,7 +155,9 @@ def test_a_driver_that_died_is_recognised(tmp_path: Path) -> None:
     assert "no sign of life" not in shown(run_dir)
 
 
-def test_a_storage_with_another_clock_does_not_make_a_living_driver_look_dead(tmp_path: Path) -> None:
+def test_a_storage_with_another_clock_does_not_make_a_living_driver_look_dead(
+    tmp_path: Path,
+) -> None:
     """Its files seem ten minutes old the moment they are written; what changes before our eyes is alive."""
     run_dir = RunDir(str(tmp_path / "run"))
     recipe = toy_recipe()
@@ -210,7 +223,10 @@ def test_a_torn_status_or_step_is_passed_over(run_dir: RunDir) -> None:
 
 
 def test_a_status_of_another_version_is_read_as_far_as_it_goes(run_dir: RunDir) -> None:
-    run_dir.write_json("status.json", {"name": "toy", "state": "searching", "generation": 2, "iterations": 5, "new": 1})
+    run_dir.write_json(
+        "status.json",
+        {"name": "toy", "state": "searching", "generation": 2, "iterations": 5, "new": 1},
+    )
     assert "2 of 5" in shown(run_dir)
 
 
@@ -244,7 +260,9 @@ def test_it_follows_a_run_on_a_terminal_until_the_run_is_finished(
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty", "folder of runs", "training", "torn"])
-def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_refused_in_one_line(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "place"
     if kind != "nothing":
         place.mkdir()

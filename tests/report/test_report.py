@@ -36,7 +36,11 @@ RECIPE = {
         "mutation": "local",
     },
     "needles": {"num_samples": NUM_SAMPLES},
-    "report": {"num_samples": NUM_SAMPLES, "lengths": [TARGET, 2 * TARGET], "attention_factors": [1.0, "yarn"]},
+    "report": {
+        "num_samples": NUM_SAMPLES,
+        "lengths": [TARGET, 2 * TARGET],
+        "attention_factors": [1.0, "yarn"],
+    },
 }
 
 
@@ -62,7 +66,12 @@ class ToyScorers:
                 raise KeyboardInterrupt
         unit = self._queue.pop(0)
         distance = float(np.mean((np.log(unit.factors.values) - self._ideal) ** 2))
-        nll = NUM_TOKENS * (0.02 + 1.5 * distance) * (1 + 0.1 * unit.sample) / unit.factors.attention_factor
+        nll = (
+            NUM_TOKENS
+            * (0.02 + 1.5 * distance)
+            * (1 + 0.1 * unit.sample)
+            / unit.factors.attention_factor
+        )
         name = min(self._free_at, key=lambda n: self._free_at[n])
         started, seconds = self._free_at[name], float(self._rng.gamma(20, 0.01))
         self._free_at[name] = started + seconds + 0.01
@@ -88,8 +97,13 @@ def open_run(path: object) -> RunDir:
 
 
 def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> dict:
-    tokens = {name: [NUM_TOKENS] * NUM_SAMPLES for name in (SEARCH_SET, report_set(TARGET), report_set(2 * TARGET))}
-    return SearchRun(Recipe(**RECIPE), GEOMETRY, tokens, run_dir, scorers, {"model": "0123abcd"}, observers).run()
+    tokens = {
+        name: [NUM_TOKENS] * NUM_SAMPLES
+        for name in (SEARCH_SET, report_set(TARGET), report_set(2 * TARGET))
+    }
+    return SearchRun(
+        Recipe(**RECIPE), GEOMETRY, tokens, run_dir, scorers, {"model": "0123abcd"}, observers
+    ).run()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +170,11 @@ def test_finished_run_shows_every_number(finished):
     table = format_table(winner)
     assert "http-equiv" not in page
     for row in winner["report"]:
-        for cell in (f"{row['ppl']:.4g}", f"{row['accuracy']:.0%}", f"{row['attention_factor']:.3f}"):
+        for cell in (
+            f"{row['ppl']:.4g}",
+            f"{row['accuracy']:.0%}",
+            f"{row['attention_factor']:.3f}",
+        ):
             assert f"<td>{cell}</td>" in page
             assert cell in table
     for factor in winner["factors"]:
@@ -168,7 +186,9 @@ def test_finished_run_shows_every_number(finished):
 def test_format_table_marks_the_best_of_each_block(finished):
     _, winner = finished
     table = format_table(winner)
-    assert f"found {winner['critical_dim']}; theoretical {winner['theoretical_critical_dim']}" in table
+    assert (
+        f"found {winner['critical_dim']}; theoretical {winner['theoretical_critical_dim']}" in table
+    )
     assert "held out" in table.lower()
     assert "beyond the target the baselines get the larger ratio" in table
     blocks = table.split("\n\n")[1:]
@@ -196,14 +216,21 @@ def test_format_table_without_finite_numbers(finished):
 
 def test_work_adds_up(finished):
     run_dir, _ = finished
-    run, rows = load_run(run_dir), [s for s in run_dir.load_scores().values() if s.needle_set == SEARCH_SET]
+    run, rows = (
+        load_run(run_dir),
+        [s for s in run_dir.load_scores().values() if s.needle_set == SEARCH_SET],
+    )
     assert sum(g.scored for g in run.generations) == len(rows)
     candidates = sum(len(g.candidates) for g in run.generations)
     assert sum(g.scored + g.raced_out for g in run.generations) == candidates * NUM_SAMPLES
     assert any(g.raced_out for g in run.generations)
     assert all(len(g.new_ppls) * NUM_SAMPLES <= g.scored for g in run.generations)
-    assert math.isclose(sum(g.busy_seconds for g in run.generations), sum(s.seconds for s in rows), rel_tol=0.05)
-    assert run.busy_share == pytest.approx(0.95, abs=0.05)  # a unit takes 0.2 s, then the scorer idles 0.01 s
+    assert math.isclose(
+        sum(g.busy_seconds for g in run.generations), sum(s.seconds for s in rows), rel_tol=0.05
+    )
+    assert run.busy_share == pytest.approx(
+        0.95, abs=0.05
+    )  # a unit takes 0.2 s, then the scorer idles 0.01 s
 
 
 def test_pause_between_attempts_is_not_idle_time(tmp_path):
@@ -216,10 +243,19 @@ def test_pause_between_attempts_is_not_idle_time(tmp_path):
             for s in range(NUM_SAMPLES)
         )
         candidates = [
-            {"id": id, "critical_dim": 12, "tail": [8.0] * 20, "attention_factor": 1.0, "start_tokens": 0} for id in ids
+            {
+                "id": id,
+                "critical_dim": 12,
+                "tail": [8.0] * 20,
+                "attention_factor": 1.0,
+                "start_tokens": 0,
+            }
+            for id in ids
         ]
         survivors = [{**c, "nll_sum": 5.0, "ppl": 1.15} for c in candidates]
-        run_dir.write_generation(index, {"index": index, "candidates": candidates, "survivors": survivors})
+        run_dir.write_generation(
+            index, {"index": index, "candidates": candidates, "survivors": survivors}
+        )
     assert load_run(run_dir).busy_share == pytest.approx(1.0)
 
 
@@ -253,7 +289,11 @@ def test_writer_survives_a_failing_report(tmp_path, caplog):
         winner = search(run_dir, ToyScorers(), [writer])
         writer.finish()
     assert winner["report"]
-    assert [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage()) == len(caplog.records) == 1
+    assert (
+        [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage())
+        == len(caplog.records)
+        == 1
+    )
     assert "no space" in caplog.text
 
 

@@ -50,15 +50,22 @@ def transformers_factors(kind: str, geometry: RopeGeometry, target: int) -> np.n
 
 
 @cases
-@pytest.mark.parametrize(("ours", "theirs"), [("pi", "linear"), ("yarn", "yarn"), ("llama3", "llama3")])
-def test_the_vector_equals_that_of_transformers(ours: str, theirs: str, geometry: RopeGeometry, target: int) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("pi", "linear"), ("yarn", "yarn"), ("llama3", "llama3")]
+)
+def test_the_vector_equals_that_of_transformers(
+    ours: str, theirs: str, geometry: RopeGeometry, target: int
+) -> None:
     factors = baseline(ours, geometry, target).values
     np.testing.assert_allclose(factors, transformers_factors(theirs, geometry, target), rtol=2e-6)
 
 
 @cases
 def test_ntk_aware_runs_from_one_to_the_ratio(geometry: RopeGeometry, target: int) -> None:
-    factors, ratio = baseline("ntk-aware", geometry, target).values, target / geometry.original_length
+    factors, ratio = (
+        baseline("ntk-aware", geometry, target).values,
+        target / geometry.original_length,
+    )
     i, d = np.arange(geometry.num_cosines), geometry.rotary_dim
     np.testing.assert_allclose(factors, ratio ** (2 * i / (d - 2)), rtol=1e-12)
     assert (factors[0], factors[-1]) == (1.0, pytest.approx(ratio))
@@ -67,13 +74,23 @@ def test_ntk_aware_runs_from_one_to_the_ratio(geometry: RopeGeometry, target: in
 @cases
 def test_ntk_moves_the_base_as_liu_et_al(geometry: RopeGeometry, target: int) -> None:
     power = math.log(target / (2 * math.pi)) / math.log(geometry.original_length / (2 * math.pi))
-    moved = RopeGeometry(geometry.head_dim, geometry.rotary_dim, geometry.base**power, geometry.original_length)
-    np.testing.assert_allclose(baseline("ntk", geometry, target).values, geometry.angles / moved.angles, rtol=1e-9)
+    moved = RopeGeometry(
+        geometry.head_dim, geometry.rotary_dim, geometry.base**power, geometry.original_length
+    )
+    np.testing.assert_allclose(
+        baseline("ntk", geometry, target).values, geometry.angles / moved.angles, rtol=1e-9
+    )
 
 
 @cases
-def test_ntk_reaches_the_ratio_where_one_period_fills_the_window(geometry: RopeGeometry, target: int) -> None:
-    exact = geometry.num_cosines * math.log(geometry.original_length / (2 * math.pi)) / math.log(geometry.base)
+def test_ntk_reaches_the_ratio_where_one_period_fills_the_window(
+    geometry: RopeGeometry, target: int
+) -> None:
+    exact = (
+        geometry.num_cosines
+        * math.log(geometry.original_length / (2 * math.pi))
+        / math.log(geometry.base)
+    )
     ratio = target / geometry.original_length
     expected = ratio ** (np.arange(geometry.num_cosines) / exact)
     np.testing.assert_allclose(baseline("ntk", geometry, target).values, expected, rtol=1e-9)
@@ -85,8 +102,12 @@ def test_ntk_rcd_meets_the_ratio_at_its_critical_dim_and_stays_below_ntk_at_the_
 ) -> None:
     ratio, theory = target / geometry.original_length, geometry.theoretical_critical_dim
     for dim in range(1, geometry.num_cosines):
-        assert baseline("ntk-rcd", geometry, target, critical_dim=dim).values[dim] == pytest.approx(ratio)
-    if geometry.original_length < geometry.periods_tokens[-1]:  # theory is not cut off at the last dimension
+        assert baseline("ntk-rcd", geometry, target, critical_dim=dim).values[dim] == pytest.approx(
+            ratio
+        )
+    if (
+        geometry.original_length < geometry.periods_tokens[-1]
+    ):  # theory is not cut off at the last dimension
         at_theory = baseline("ntk-rcd", geometry, target).values
         ntk = baseline("ntk", geometry, target).values
         assert np.all(at_theory <= ntk * (1 + 1e-12))
@@ -96,13 +117,19 @@ def test_ntk_rcd_meets_the_ratio_at_its_critical_dim_and_stays_below_ntk_at_the_
 @cases
 def test_yarn_rcd_at_the_theoretical_dim_is_yarn(geometry: RopeGeometry, target: int) -> None:
     if geometry.original_length > geometry.periods_tokens[-1]:
-        pytest.skip("every dimension turns within the window: there is no theoretical critical dimension")
-    rcd = baseline("yarn-rcd", geometry, target, critical_dim=geometry.theoretical_critical_dim).values
+        pytest.skip(
+            "every dimension turns within the window: there is no theoretical critical dimension"
+        )
+    rcd = baseline(
+        "yarn-rcd", geometry, target, critical_dim=geometry.theoretical_critical_dim
+    ).values
     np.testing.assert_array_equal(rcd, baseline("yarn", geometry, target).values)
 
 
 @cases
-def test_yarn_rcd_interpolates_fully_from_its_critical_dim_on(geometry: RopeGeometry, target: int) -> None:
+def test_yarn_rcd_interpolates_fully_from_its_critical_dim_on(
+    geometry: RopeGeometry, target: int
+) -> None:
     ratio = target / geometry.original_length
     for dim in range(1, geometry.num_cosines):
         factors = baseline("yarn-rcd", geometry, target, critical_dim=dim).values
@@ -112,15 +139,21 @@ def test_yarn_rcd_interpolates_fully_from_its_critical_dim_on(geometry: RopeGeom
 
 
 @cases
-def test_yarn_keeps_what_turns_often_and_interpolates_what_never_turned(geometry: RopeGeometry, target: int) -> None:
+def test_yarn_keeps_what_turns_often_and_interpolates_what_never_turned(
+    geometry: RopeGeometry, target: int
+) -> None:
     factors, ratio = baseline("yarn", geometry, target).values, target / geometry.original_length
     turns = geometry.original_length / geometry.periods_tokens
-    assert np.all(np.abs(factors[turns < 1 / geometry.base ** (2 / geometry.rotary_dim)] - ratio) < 1e-9)
+    assert np.all(
+        np.abs(factors[turns < 1 / geometry.base ** (2 / geometry.rotary_dim)] - ratio) < 1e-9
+    )
     assert np.all(factors[turns > 32 * geometry.base ** (2 / geometry.rotary_dim)] == 1.0)
 
 
 @cases
-def test_llama3_keeps_above_four_turns_and_interpolates_below_one(geometry: RopeGeometry, target: int) -> None:
+def test_llama3_keeps_above_four_turns_and_interpolates_below_one(
+    geometry: RopeGeometry, target: int
+) -> None:
     factors, ratio = baseline("llama3", geometry, target).values, target / geometry.original_length
     turns = geometry.original_length / geometry.periods_tokens
     np.testing.assert_allclose(factors[turns > 4], 1.0)
@@ -136,7 +169,9 @@ def test_every_method_gives_a_rising_vector_of_the_right_length(
     assert vector.require_length(geometry.num_cosines).monotone
     assert vector.values.min() >= 1 - 1e-12
     assert (vector.attention_factor, vector.source) == (1.25, method)
-    assert vector.critical_dim == (geometry.theoretical_critical_dim if method in WITH_CRITICAL_DIM else None)
+    assert vector.critical_dim == (
+        geometry.theoretical_critical_dim if method in WITH_CRITICAL_DIM else None
+    )
 
 
 @settings(deadline=None)
@@ -145,17 +180,23 @@ def test_longrope2_before_a_search_is_the_ratio_from_the_critical_dim_on(dim: in
     geometry, target = GEOMETRIES[0]
     factors = baseline("longrope2", geometry, target, critical_dim=dim).values
     np.testing.assert_array_equal(factors[dim:], 16.0)
-    np.testing.assert_allclose(factors[:dim], baseline("ntk-rcd", geometry, target, critical_dim=dim).values[:dim])
+    np.testing.assert_allclose(
+        factors[:dim], baseline("ntk-rcd", geometry, target, critical_dim=dim).values[:dim]
+    )
 
 
 @pytest.mark.parametrize("dim", [-1, 0, 64, 1000])
 def test_a_critical_dim_outside_the_vector_is_refused(dim: int) -> None:
-    with pytest.raises(ValueError, match=r"^--critical-dim: expected a cosine index in 1 \.\.\. 63"):
+    with pytest.raises(
+        ValueError, match=r"^--critical-dim: expected a cosine index in 1 \.\.\. 63"
+    ):
         baseline("longrope2", *GEOMETRIES[0], critical_dim=dim)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^--method: expected one of unscaled, pi, ntk, .*, got 'yam'$"):
+    with pytest.raises(
+        ValueError, match=r"^--method: expected one of unscaled, pi, ntk, .*, got 'yam'$"
+    ):
         baseline("yam", *GEOMETRIES[0])
 
 

@@ -32,11 +32,17 @@ def test_partial_rotary_dimensions_decide_the_angles_not_the_head() -> None:
 
 @settings(deadline=None)
 @given(geometry=geometries, num_periods=st.floats(0.5, 100))
-def test_a_dim_with_periods_is_the_first_that_turns_less_often(geometry: RopeGeometry, num_periods: float) -> None:
+def test_a_dim_with_periods_is_the_first_that_turns_less_often(
+    geometry: RopeGeometry, num_periods: float
+) -> None:
     turns = geometry.original_length / geometry.periods_tokens
-    assume(np.all(np.abs(turns / num_periods - 1) > 1e-9))  # exactly on the border either side is right
+    assume(
+        np.all(np.abs(turns / num_periods - 1) > 1e-9)
+    )  # exactly on the border either side is right
     fewer = np.flatnonzero(turns < num_periods)
-    assert geometry.dim_with_periods(num_periods) == (fewer[0] if len(fewer) else geometry.num_cosines - 1)
+    assert geometry.dim_with_periods(num_periods) == (
+        fewer[0] if len(fewer) else geometry.num_cosines - 1
+    )
 
 
 @settings(deadline=None)
@@ -64,6 +70,8 @@ def test_a_longer_window_moves_the_critical_dim_up(geometry: RopeGeometry, facto
         ((64, 64, 1e4, 6), "original_length"),
     ],
 )
-def test_an_impossible_geometry_is_refused_by_field(arguments: tuple[int, int, float, int], field: str) -> None:
+def test_an_impossible_geometry_is_refused_by_field(
+    arguments: tuple[int, int, float, int], field: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         RopeGeometry(*arguments)

@@ -22,7 +22,9 @@ PHI4_MINI = RopeGeometry(96, 96, 1e4, 4096)
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     vector["id"]: vector
-    for vector in json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())["vectors"]
+    for vector in json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())[
+        "vectors"
+    ]
 }
 LONGROPE_V1 = [id for id, vector in PUBLISHED.items() if vector["kind"] == "LongRoPE v1"]
 
@@ -54,7 +56,9 @@ PHI3_MINI_SHAPE = ShapeSection(
 
 
 def cost_at_128k(shape: ShapeSection) -> dict[str, Any]:
-    recipe = Recipe(name="x", model={"path": "x", "shape": shape}, search={"target_length": 131_072})
+    recipe = Recipe(
+        name="x", model={"path": "x", "shape": shape}, search={"target_length": 131_072}
+    )
     return plan(recipe, shape, "h100")
 
 
@@ -63,11 +67,15 @@ def cost_at_128k(shape: ShapeSection) -> dict[str, Any]:
     [(PHI3_MINI, 31, 19), (LLAMA3_8B, 35, 24), (PHI4_MINI, 34, 22)],
     ids=["Phi3-mini", "LLaMA3-8B", "Phi-4-mini"],
 )
-def test_critical_dims_are_those_of_the_paper(geometry: RopeGeometry, critical: int, ten_periods: int) -> None:
+def test_critical_dims_are_those_of_the_paper(
+    geometry: RopeGeometry, critical: int, ten_periods: int
+) -> None:
     assert (geometry.theoretical_critical_dim, geometry.ten_period_dim) == (critical, ten_periods)
 
 
-@pytest.mark.parametrize(("geometry", "printed"), [(PHI3_MINI, 30), (LLAMA3_8B, 34)], ids=["Phi3-mini", "LLaMA3-8B"])
+@pytest.mark.parametrize(
+    ("geometry", "printed"), [(PHI3_MINI, 30), (LLAMA3_8B, 34)], ids=["Phi3-mini", "LLaMA3-8B"]
+)
 def test_the_authors_tool_prints_one_less(geometry: RopeGeometry, printed: int) -> None:
     assert geometry.theoretical_critical_dim - 1 == printed
 
@@ -93,13 +101,17 @@ def test_the_released_llama3_vector_has_an_ntk_head_and_a_rising_tail_in_the_sea
 @pytest.mark.parametrize("id", PUBLISHED)
 def test_published_vectors_are_accepted_monotone_or_not(id: str) -> None:
     vector = PUBLISHED[id]
-    factors = factors_from_json(json.dumps({"rope_scaling": {"long_factor": vector["long_factor"]}}), id)
+    factors = factors_from_json(
+        json.dumps({"rope_scaling": {"long_factor": vector["long_factor"]}}), id
+    )
     assert factors.require_length(vector["rope_dim"] // 2).values.tolist() == vector["long_factor"]
     assert factors.monotone == (id != "mistral-7b_256k_on-128k-ft")
 
 
 def test_su_attention_factor_from_8k_to_128k() -> None:
-    assert su_attention_factor(16, 8192) == pytest.approx(math.sqrt(1 + math.log(16) / math.log(8192)))
+    assert su_attention_factor(16, 8192) == pytest.approx(
+        math.sqrt(1 + math.log(16) / math.log(8192))
+    )
     assert f"{su_attention_factor(16, 8192):.4f}" == "1.1435"
 
 
@@ -113,7 +125,9 @@ def test_attention_factor_of_the_reference_trial_at_8_times_256() -> None:
     [(LLAMA3_8B_SHAPE, 1.8, 4.5), (PHI3_MINI_SHAPE, 1.0, 3.4)],
     ids=["Llama-3-8B", "Phi-3-mini"],
 )
-def test_planned_flops_at_128k_agree_with_the_arithmetic(shape: ShapeSection, linear: float, attention: float) -> None:
+def test_planned_flops_at_128k_agree_with_the_arithmetic(
+    shape: ShapeSection, linear: float, attention: float
+) -> None:
     flops = cost_at_128k(shape)["pass_pflop"]
     assert flops["linear"] == pytest.approx(linear, rel=0.1)
     assert flops["attention"] == pytest.approx(attention, rel=0.1)
@@ -121,9 +135,13 @@ def test_planned_flops_at_128k_agree_with_the_arithmetic(shape: ShapeSection, li
 
 
 @pytest.mark.parametrize(
-    ("shape", "billions"), [(LLAMA3_8B_SHAPE, 8.03), (PHI3_MINI_SHAPE, 3.82)], ids=["Llama-3-8B", "Phi-3-mini"]
+    ("shape", "billions"),
+    [(LLAMA3_8B_SHAPE, 8.03), (PHI3_MINI_SHAPE, 3.82)],
+    ids=["Llama-3-8B", "Phi-3-mini"],
 )
-def test_planned_parameters_are_those_of_the_model_card(shape: ShapeSection, billions: float) -> None:
+def test_planned_parameters_are_those_of_the_model_card(
+    shape: ShapeSection, billions: float
+) -> None:
     assert cost_at_128k(shape)["num_parameters"] / 1e9 == pytest.approx(billions, rel=0.005)
 
 
@@ -132,6 +150,8 @@ def test_full_logits_of_llama3_at_128k_would_take_31_gib_in_bfloat16() -> None:
     assert memory["full logits (avoided)"] == pytest.approx(31, rel=0.02)
 
 
-@pytest.mark.parametrize("shape", [LLAMA3_8B_SHAPE, PHI3_MINI_SHAPE], ids=["Llama-3-8B", "Phi-3-mini"])
+@pytest.mark.parametrize(
+    "shape", [LLAMA3_8B_SHAPE, PHI3_MINI_SHAPE], ids=["Llama-3-8B", "Phi-3-mini"]
+)
 def test_either_model_fits_one_40_gb_gpu_at_128k(shape: ShapeSection) -> None:
     assert cost_at_128k(shape)["scorer_memory_gib"]["total"] < 40e9 / 2**30

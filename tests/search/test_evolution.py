@@ -20,7 +20,13 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def section(**changes: Any) -> SearchSection:
-    small = {"target_length": TARGET_LENGTH, "population_size": 12, "iterations": 3, "top_k": 4, "num_children": 6}
+    small = {
+        "target_length": TARGET_LENGTH,
+        "population_size": 12,
+        "iterations": 3,
+        "top_k": 4,
+        "num_children": 6,
+    }
     return SearchSection.model_validate({**small, **changes})
 
 
@@ -31,7 +37,9 @@ def evolution(**changes: Any) -> Evolution:
 
 def score(candidate: Candidate) -> float:
     """Any pure function of the content will do."""
-    return float(np.sum((np.log(candidate.factors.values) - np.linspace(0, 1.9, GEOMETRY.num_cosines)) ** 2))
+    return float(
+        np.sum((np.log(candidate.factors.values) - np.linspace(0, 1.9, GEOMETRY.num_cosines)) ** 2)
+    )
 
 
 def totals_of(candidates: tuple[Candidate, ...]) -> dict[str, float]:
@@ -66,7 +74,11 @@ def is_legal(candidate: Candidate, space: SearchSpace) -> bool:
 def test_an_id_is_the_content_and_nothing_else() -> None:
     one = Candidate(3, (1.0, 2.0), 1.0, parent_id="a")
     assert one.id == Candidate(3, (1.0, 2.0), 1.0, parent_id="b").id
-    others = [Candidate(4, (1.0, 2.0)), Candidate(3, (1.0, 2.0000000000000004)), Candidate(3, (1.0, 2.0), 1.1)]
+    others = [
+        Candidate(4, (1.0, 2.0)),
+        Candidate(3, (1.0, 2.0000000000000004)),
+        Candidate(3, (1.0, 2.0), 1.1),
+    ]
     others += [Candidate(3, (1.0, 2.0), start_tokens=1), Candidate(3, (1.0, 2.0), start_tokens=2)]
     assert len({one.id, *(c.id for c in others)}) == 6
     assert len(one.id) == 12
@@ -80,7 +92,9 @@ def test_the_factors_of_a_candidate_have_the_derived_head() -> None:
 
 def test_the_default_space_is_the_papers() -> None:
     space = SearchSpace.from_recipe(GEOMETRY, section())
-    assert space.critical_dims == tuple(range(GEOMETRY.ten_period_dim, GEOMETRY.theoretical_critical_dim + 1))
+    assert space.critical_dims == tuple(
+        range(GEOMETRY.ten_period_dim, GEOMETRY.theoretical_critical_dim + 1)
+    )
     assert space.tail_bounds == (RATIO, 2 * RATIO)
     assert space.attention_bounds == (1.0, 1.0)
 
@@ -90,13 +104,21 @@ def test_the_space_follows_the_recipe() -> None:
         GEOMETRY, section(critical_dims=(2, 4), tail_bounds=(0.5, 3), attention_factor="search")
     )
     assert (space.critical_dims, space.tail_bounds) == ((2, 3, 4), (0.5 * RATIO, 3 * RATIO))
-    strongest = max(su_attention_factor(RATIO, GEOMETRY.original_length), yarn_attention_factor(RATIO))
+    strongest = max(
+        su_attention_factor(RATIO, GEOMETRY.original_length), yarn_attention_factor(RATIO)
+    )
     assert space.attention_bounds[0] == 1.0
     assert space.attention_bounds[1] > strongest
-    space = SearchSpace.from_recipe(GEOMETRY, section(attention_factor="search", attention_bounds=(1.1, 1.4)))
+    space = SearchSpace.from_recipe(
+        GEOMETRY, section(attention_factor="search", attention_bounds=(1.1, 1.4))
+    )
     assert space.attention_bounds == (1.1, 1.4)
-    space = SearchSpace.from_recipe(GEOMETRY, section(attention_factor=1.2, attention_bounds=(1.3, 1.4)))
-    assert space.fixed_attention == 1.2  # a number on the command line wins over the recipe's bounds
+    space = SearchSpace.from_recipe(
+        GEOMETRY, section(attention_factor=1.2, attention_bounds=(1.3, 1.4))
+    )
+    assert (
+        space.fixed_attention == 1.2
+    )  # a number on the command line wins over the recipe's bounds
 
 
 def test_all_dimensions_are_one_tail_from_one_on() -> None:
@@ -110,10 +132,13 @@ def test_searching_all_dimensions_starts_from_the_published_methods() -> None:
     first = evolution(preset="longrope").ask()[:3]
     for candidate, method in zip(first, ("pi", "ntk", "yarn"), strict=True):
         published = baseline(method, GEOMETRY, int(GEOMETRY.original_length * RATIO)).values
-        assert list(candidate.tail) == np.clip(published, 1, 1.25 * RATIO).tolist()  # NTK ends above the space
+        assert (
+            list(candidate.tail) == np.clip(published, 1, 1.25 * RATIO).tolist()
+        )  # NTK ends above the space
         assert candidate.start_tokens == 0
     with pytest.raises(
-        ValueError, match=r"^search.population_size: expected at least 3, one .* \(search.starts\), got 2"
+        ValueError,
+        match=r"^search.population_size: expected at least 3, one .* \(search.starts\), got 2",
     ):
         evolution(preset="longrope", population_size=2, top_k=2)
 
@@ -126,7 +151,8 @@ def test_a_search_may_start_from_any_vector_made_non_decreasing_inside_the_space
     with pytest.raises(ValueError, match=r"^search.starts: expected 16 numbers.*got 3"):
         evolution(dimensions="all", starts=[[1.0, 2.0, 3.0]])
     with pytest.raises(
-        ValueError, match=r"^search.starts: expected unscaled, pi.* or a list of factors, got 'ntk-rcd'"
+        ValueError,
+        match=r"^search.starts: expected unscaled, pi.* or a list of factors, got 'ntk-rcd'",
     ):
         evolution(dimensions="all", starts=["ntk-rcd"])
     with pytest.raises(ValueError, match="starts: expected none unless dimensions = 'all'"):
@@ -135,7 +161,9 @@ def test_a_search_may_start_from_any_vector_made_non_decreasing_inside_the_space
 
 def test_an_extended_models_short_window_is_searched_from_its_own_vector() -> None:
     trained = np.linspace(1, 8, 16).tolist()
-    short = evolution(dimensions="all", target_length=128, tail_bounds=(1, 8), starts=["unscaled", trained])
+    short = evolution(
+        dimensions="all", target_length=128, tail_bounds=(1, 8), starts=["unscaled", trained]
+    )
     assert short.space.tail_bounds == (1.0, 8.0), "the ratio is never below 1"
     assert [c.tail for c in short.ask()[:2]] == [(1.0,) * 16, tuple(trained)]
 
@@ -143,7 +171,13 @@ def test_an_extended_models_short_window_is_searched_from_its_own_vector() -> No
 def test_start_tokens_are_one_more_gene_where_there_is_a_choice() -> None:
     choices = [0, 1, 4, 16]
     for mutation, crossover in (("push", "none"), ("push", "blend"), ("random", "none")):
-        search = evolution(dimensions="all", start_tokens=choices, mutation=mutation, crossover=crossover, iterations=5)
+        search = evolution(
+            dimensions="all",
+            start_tokens=choices,
+            mutation=mutation,
+            crossover=crossover,
+            iterations=5,
+        )
         born = [c.start_tokens for c in search.ask()]
         assert born[:3] == [0, 0, 0]
         while not search.finished:
@@ -172,13 +206,17 @@ def test_start_tokens_that_cannot_be_are_refused(start_tokens: list[int], messag
 
 @pytest.mark.parametrize("dims", [(1, 16), (16, 20), (3, 100)])
 def test_critical_dims_outside_the_model_are_refused(dims: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"^search.critical_dims: expected cosine indices in 1 \.\.\. 15"):
+    with pytest.raises(
+        ValueError, match=r"^search.critical_dims: expected cosine indices in 1 \.\.\. 15"
+    ):
         SearchSpace.from_recipe(GEOMETRY, section(critical_dims=dims))
 
 
 @pytest.mark.parametrize("target", [255, 256])
 def test_a_target_not_above_the_window_is_refused(target: int) -> None:
-    with pytest.raises(ValueError, match=r"^search.target_length: expected more than the original length 256"):
+    with pytest.raises(
+        ValueError, match=r"^search.target_length: expected more than the original length 256"
+    ):
         SearchSpace.from_recipe(GEOMETRY, section(target_length=target))
 
 
@@ -199,7 +237,10 @@ def contexts(draw: st.DrawFn) -> tuple[list[float], MutationContext]:
     high = low * draw(st.sampled_from([1.0, 1.001, 1.5, 2.0, 4.0]))
     entry = st.floats(low, high) | st.sampled_from([low, high])
     tail = sorted(draw(st.lists(entry, min_size=1, max_size=40)))
-    probability, step = draw(st.sampled_from([0.01, 0.3, 1.0])), draw(st.sampled_from([0.01, 0.25, 1.0]))
+    probability, step = (
+        draw(st.sampled_from([0.01, 0.3, 1.0])),
+        draw(st.sampled_from([0.01, 0.25, 1.0])),
+    )
     return tail, MutationContext(low, high, probability, step, np.random.default_rng(draw(seeds)))
 
 
@@ -223,7 +264,10 @@ def test_a_mutated_tail_rises_stays_in_bounds_and_keeps_its_length(
 @settings(max_examples=100, deadline=None)
 @given(
     tails=st.integers(1, 30).flatmap(
-        lambda n: st.tuples(*[st.lists(st.floats(4, 8) | st.sampled_from([4.0, 4.2, 8.0]), min_size=n, max_size=n)] * 2)
+        lambda n: st.tuples(
+            *[st.lists(st.floats(4, 8) | st.sampled_from([4.0, 4.2, 8.0]), min_size=n, max_size=n)]
+            * 2
+        )
     ),
     seed=seeds,
 )
@@ -246,7 +290,9 @@ def raised(name: str, index: int, trials: int = 300) -> int:
 
 @pytest.mark.parametrize("name", ["push", "local", "block"])
 @pytest.mark.parametrize("index", [0, 6, 12], ids=["first", "middle", "last"])
-def test_operators_that_explore_the_box_raise_any_entry_of_a_constant_tail(name: str, index: int) -> None:
+def test_operators_that_explore_the_box_raise_any_entry_of_a_constant_tail(
+    name: str, index: int
+) -> None:
     assert raised(name, index) > 0
 
 
@@ -258,7 +304,9 @@ def test_sorting_raises_middle_entries_but_the_first_only_if_every_entry_is_draw
 
 
 @pytest.mark.parametrize("index", [0, 6], ids=["first", "middle"])
-def test_drawing_between_neighbours_cannot_raise_the_first_or_a_middle_entry_of_a_constant_tail(index: int) -> None:
+def test_drawing_between_neighbours_cannot_raise_the_first_or_a_middle_entry_of_a_constant_tail(
+    index: int,
+) -> None:
     assert raised("neighbours", index) == 0
     assert raised("neighbours", 12) > 0
 
@@ -276,14 +324,19 @@ def test_the_authors_loop_makes_a_constant_tail_rise_strictly_on_their_grid() ->
 
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[dict[str, float], dict[str, int]]:
-    ids = draw(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=12, unique=True))
+    ids = draw(
+        st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=12, unique=True)
+    )
     totals = {id: draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 3)) for id in ids}
     return totals, {id: draw(st.integers(3, 6)) for id in ids}
 
 
 @settings(deadline=None)
 @given(
-    scored=scored(), top_k=st.integers(1, 14), niche_size=st.integers(0, 4), shuffle=st.randoms(use_true_random=False)
+    scored=scored(),
+    top_k=st.integers(1, 14),
+    niche_size=st.integers(0, 4),
+    shuffle=st.randoms(use_true_random=False),
 )
 def test_selection_keeps_the_best_and_every_niche_whatever_the_order(
     scored: tuple[dict[str, float], dict[str, int]], top_k: int, niche_size: int, shuffle: Any
@@ -297,14 +350,21 @@ def test_selection_keeps_the_best_and_every_niche_whatever_the_order(
     assert kept == [id for id in ranked if id in kept]
     assert len(kept) == min(top_k, len(totals))
     assert kept[0] == ranked[0] or niche_size > 0
-    entitled = [id for id in ranked if [o for o in ranked if dims[o] == dims[id]].index(id) < niche_size]
+    entitled = [
+        id for id in ranked if [o for o in ranked if dims[o] == dims[id]].index(id) < niche_size
+    ]
     assert set(entitled[:top_k]) <= set(kept)
     others = [id for id in ranked if id not in entitled[:top_k]]
-    assert [id for id in kept if id not in entitled[:top_k]] == others[: len(kept) - len(entitled[:top_k])]
+    assert [id for id in kept if id not in entitled[:top_k]] == others[
+        : len(kept) - len(entitled[:top_k])
+    ]
 
 
 def test_without_niches_selection_is_the_global_top_k_and_ties_go_by_id() -> None:
-    assert select({"b": 1.0, "a": 1.0, "c": 0.5, "d": 9.0}, dict.fromkeys("abcd", 3), 2, 0) == ["c", "a"]
+    assert select({"b": 1.0, "a": 1.0, "c": 0.5, "d": 9.0}, dict.fromkeys("abcd", 3), 2, 0) == [
+        "c",
+        "a",
+    ]
 
 
 def test_a_niche_saves_the_best_of_a_lagging_dimension() -> None:
@@ -350,18 +410,24 @@ def test_every_candidate_of_a_search_is_legal_and_new_and_bred_from_a_survivor_o
     assert len(seen) <= 12 + 3 * 6
 
 
-def test_the_initial_population_holds_a_constant_tail_for_every_critical_dim_then_their_mutants() -> None:
+def test_the_initial_population_holds_a_constant_tail_for_every_critical_dim_then_their_mutants() -> (
+    None
+):
     search = evolution(initial="mutants")
     candidates, dims = search.ask(), search.space.critical_dims
     assert len(candidates) == 12
     assert [c.critical_dim for c in candidates[: len(dims)]] == list(dims)
     assert all(len(set(c.tail)) == 1 and c.parent_id is None for c in candidates[: len(dims)])
-    assert all(c.parent_id in {s.id for s in candidates[: len(dims)]} for c in candidates[len(dims) :])
+    assert all(
+        c.parent_id in {s.id for s in candidates[: len(dims)]} for c in candidates[len(dims) :]
+    )
 
 
 @settings(max_examples=20, deadline=None)
 @given(changes=OPERATORS, asks=st.lists(st.integers(0, 5), min_size=4, max_size=4))
-def test_the_same_seed_takes_the_same_way_however_often_it_is_asked(changes: dict[str, Any], asks: list[int]) -> None:
+def test_the_same_seed_takes_the_same_way_however_often_it_is_asked(
+    changes: dict[str, Any], asks: list[int]
+) -> None:
     undisturbed = finish(evolution(**changes))
     search, asked = evolution(**changes), []
     for times in asks:
@@ -455,13 +521,17 @@ def test_an_exhausted_space_ends_the_search_with_what_it_has() -> None:
 
 
 def test_a_population_smaller_than_the_critical_dims_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^search.population_size: expected at least 5, .*3 \.\.\. 7 .*, got 4"):
+    with pytest.raises(
+        ValueError, match=r"^search.population_size: expected at least 5, .*3 \.\.\. 7 .*, got 4"
+    ):
         evolution(population_size=4)
     assert len(evolution(population_size=5).ask()) == 5
 
 
 @pytest.mark.parametrize("bounds", [None, (1.2, 1.6)])
-def test_a_searched_attention_factor_moves_and_stays_in_bounds(bounds: tuple[float, float] | None) -> None:
+def test_a_searched_attention_factor_moves_and_stays_in_bounds(
+    bounds: tuple[float, float] | None,
+) -> None:
     search = evolution(attention_factor="search", attention_bounds=bounds, iterations=10)
     low, high = search.space.attention_bounds
     values = set()
@@ -480,24 +550,32 @@ def test_a_fixed_attention_factor_is_the_same_number_everywhere() -> None:
 
 
 def test_shifting_moves_critical_dims_by_one_inside_the_space() -> None:
-    search = evolution(shift_probability=1.0, initial="mutants", population_size=64, critical_dims=(3, 7))
+    search = evolution(
+        shift_probability=1.0, initial="mutants", population_size=64, critical_dims=(3, 7)
+    )
     by_id = {c.id: c for c in search.ask()}
     moves = {c.critical_dim - by_id[c.parent_id].critical_dim for c in search.ask() if c.parent_id}
     assert {-1, 1} <= moves <= {-1, 0, 1}
 
 
 @given(
-    tail=st.lists(st.floats(4, 8) | st.sampled_from([4.0, 8.0]), min_size=2, max_size=20).map(sorted).map(np.array),
+    tail=st.lists(st.floats(4, 8) | st.sampled_from([4.0, 8.0]), min_size=2, max_size=20)
+    .map(sorted)
+    .map(np.array),
     dim=st.integers(2, 8),
     step=st.integers(-1, 1),
 )
-def test_a_shifted_tail_keeps_the_ntk_head_and_stays_in_the_space(tail: np.ndarray, dim: int, step: int) -> None:
+def test_a_shifted_tail_keeps_the_ntk_head_and_stays_in_the_space(
+    tail: np.ndarray, dim: int, step: int
+) -> None:
     low, high = 4.0, 8.0
     shifted = shift_tail(tail, dim, dim + step, low, high)
     assert len(shifted) == len(tail) - step
     assert np.all(np.diff(shifted) >= 0)
     assert low <= shifted[0] <= shifted[-1] <= high
-    before, after = (math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step)))  # slopes of the heads
+    before, after = (
+        math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step))
+    )  # slopes of the heads
     assert after == pytest.approx(before) or shifted[0] in (low, high)
 
 
@@ -509,12 +587,16 @@ def test_a_shift_down_to_where_the_head_is_inside_the_bounds_changes_no_factor()
 def test_without_shifting_a_child_keeps_its_parents_critical_dim() -> None:
     search = evolution(shift_probability=0.0, initial="mutants", population_size=40)
     by_id = {c.id: c for c in search.ask()}
-    assert all(c.critical_dim == by_id[c.parent_id].critical_dim for c in search.ask() if c.parent_id)
+    assert all(
+        c.critical_dim == by_id[c.parent_id].critical_dim for c in search.ask() if c.parent_id
+    )
 
 
 def test_random_search_draws_every_candidate_apart_from_its_parent() -> None:
     """Under a searched attention factor too: a random search has no memory."""
-    search = evolution(mutation="random", attention_factor="search", initial="mutants", population_size=200, seed=3)
+    search = evolution(
+        mutation="random", attention_factor="search", initial="mutants", population_size=200, seed=3
+    )
     dims = {c.critical_dim for c in search.ask()}
     children = [c for c in search.ask() if c.parent_id]
     assert dims == set(search.space.critical_dims)
@@ -522,7 +604,9 @@ def test_random_search_draws_every_candidate_apart_from_its_parent() -> None:
     assert len({c.attention_factor for c in children} - parents) == len(children)
 
 
-def test_a_uniform_population_keeps_one_constant_tail_for_each_critical_dim_and_draws_the_rest() -> None:
+def test_a_uniform_population_keeps_one_constant_tail_for_each_critical_dim_and_draws_the_rest() -> (
+    None
+):
     search = evolution(initial="uniform", population_size=40)
     constant = [c for c in search.ask() if len(set(c.tail)) == 1]
     assert [c.critical_dim for c in constant] == list(search.space.critical_dims)
@@ -558,20 +642,32 @@ def test_immigrants_come_from_everywhere_and_without_them_every_child_has_a_pare
 
 
 def test_random_search_and_a_search_of_immigrants_alone_draw_the_same_kind_of_candidates() -> None:
-    for search in (told(mutation="random", initial="uniform"), told(immigrants=1.0, initial="uniform")):
+    for search in (
+        told(mutation="random", initial="uniform"),
+        told(immigrants=1.0, initial="uniform"),
+    ):
         low, high = search.space.tail_bounds
-        assert all(low <= c.tail[0] < c.tail[-1] <= high and list(c.tail) == sorted(c.tail) for c in search.ask())
+        assert all(
+            low <= c.tail[0] < c.tail[-1] <= high and list(c.tail) == sorted(c.tail)
+            for c in search.ask()
+        )
 
 
 # --- looking ahead
 
 
-@pytest.mark.parametrize("changes", [{}, {"preset": "authors", "top_k": 4}, {"niche_size": 1}, {"immigrants": 0.3}])
-def test_a_preview_is_the_generation_that_is_told_and_changes_nothing(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"preset": "authors", "top_k": 4}, {"niche_size": 1}, {"immigrants": 0.3}]
+)
+def test_a_preview_is_the_generation_that_is_told_and_changes_nothing(
+    changes: dict[str, Any],
+) -> None:
     search, undisturbed = evolution(**changes), evolution(**changes)
     while not search.finished:
         totals = totals_of(search.ask())
-        search.children(search.preview(search.generation, {id: -total for id, total in totals.items()}))
+        search.children(
+            search.preview(search.generation, {id: -total for id, total in totals.items()})
+        )
         standing = search.preview(search.generation, totals)
         children = search.children(standing)
         search.tell(totals)

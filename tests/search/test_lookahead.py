@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import NUM_SAMPLES, TARGET_LENGTH, KilledError, ToyScorers, result_bytes, toy_nll, toy_recipe, toy_run
+from toy import (
+    NUM_SAMPLES,
+    TARGET_LENGTH,
+    KilledError,
+    ToyScorers,
+    result_bytes,
+    toy_nll,
+    toy_recipe,
+    toy_run,
+)
 
 from longrope2_ray.search.scores import SEARCH_SET, Unit, report_set
 from longrope2_ray.search.status import Status
@@ -63,7 +72,9 @@ def test_looking_ahead_changes_no_byte_for_any_order_kill_and_number_of_scorers(
     for kill_after, look_ahead in [*lives, (None, True)]:
         scorers = ToyScorers(width, shuffle, kill_after=kill_after, batch=3, stragglers=stragglers)
         try:
-            toy_run(toy_recipe(look_ahead=look_ahead, **KINDS[kind]), RunDir(run_dir.url), scorers).run()
+            toy_run(
+                toy_recipe(look_ahead=look_ahead, **KINDS[kind]), RunDir(run_dir.url), scorers
+            ).run()
         except KilledError:
             assert kill_after is not None
         scored += scorers.scored
@@ -123,7 +134,9 @@ def test_rows_of_the_tables_that_depend_on_nobody_fill_the_first_tail() -> None:
     scorers = ToyScorers(20, stragglers=0.2)
     first = generation_keys(finished(scorers, "off"), scorers)[0]
     reported = [key for key in scorers.scored if key[1] == report_set(TARGET_LENGTH)]
-    early = [key for key in reported if scorers.submitted_after[key] <= scorers.scored.index(first[-1])]
+    early = [
+        key for key in reported if scorers.submitted_after[key] <= scorers.scored.index(first[-1])
+    ]
     assert len(early) == 5 * NUM_SAMPLES  # every method but LongRoPE2
 
 

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import GEOMETRY, NUM_SAMPLES, NUM_TOKENS, TARGET_LENGTH, KilledError, ToyScorers, toy_nll, toy_recipe, toy_run
+from toy import (
+    GEOMETRY,
+    NUM_SAMPLES,
+    NUM_TOKENS,
+    TARGET_LENGTH,
+    KilledError,
+    ToyScorers,
+    toy_nll,
+    toy_recipe,
+    toy_run,
+)
 
 from longrope2_ray.errors import StoppedError
 from longrope2_ray.recipe.recipe import Recipe
@@ -72,7 +82,9 @@ def test_the_winner_is_the_same_bytes_in_every_kind_of_search(changes: dict[str,
 @pytest.mark.parametrize("width", [2, 5])
 def test_a_statistical_search_ends_in_the_same_bytes_too(width: int) -> None:
     changes = {"racing": "statistical", "racing_confidence": 0.5}
-    assert winner_bytes(finished(ToyScorers(width, shuffle=width), toy_recipe(**changes))) == undisturbed(**changes)
+    assert winner_bytes(
+        finished(ToyScorers(width, shuffle=width), toy_recipe(**changes))
+    ) == undisturbed(**changes)
 
 
 @settings(max_examples=8, deadline=None)
@@ -116,7 +128,11 @@ def test_generations_are_the_same_bytes_after_a_kill(tmp_path: Path) -> None:
         toy_run(toy_recipe(), killed, ToyScorers(5, shuffle=1, kill_after=70)).run()
     toy_run(toy_recipe(), killed, ToyScorers(2, shuffle=2)).run()
     files = [sorted((run.path / "generations").iterdir()) for run in (whole, killed)]
-    assert [p.name for p in files[0]] == [p.name for p in files[1]] == [f"{i:04d}.json" for i in range(4)]
+    assert (
+        [p.name for p in files[0]]
+        == [p.name for p in files[1]]
+        == [f"{i:04d}.json" for i in range(4)]
+    )
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
 
 
@@ -193,7 +209,10 @@ def test_the_winner_is_the_best_of_everything_that_was_asked() -> None:
         for body in generation["candidates"]:
             numbers = tuple(body["tail"]), body["attention_factor"]
             candidate = Candidate(body["critical_dim"], *numbers, start_tokens=body["start_tokens"])
-            units = [Unit(candidate.id, SEARCH_SET, sample, candidate.factors) for sample in range(NUM_SAMPLES)]
+            units = [
+                Unit(candidate.id, SEARCH_SET, sample, candidate.factors)
+                for sample in range(NUM_SAMPLES)
+            ]
             totals[body["id"]] = math.fsum(toy_nll(unit) for unit in units)
     assert winner["candidate"]["id"] == min(totals, key=lambda id: (totals[id], id))
     assert winner["search"]["ppl"] == perplexity(min(totals.values()), sum(NUM_TOKENS[SEARCH_SET]))
@@ -207,7 +226,14 @@ def test_winner_json_holds_the_vector_and_the_table_and_no_time() -> None:
     assert factors.critical_dim == winner["critical_dim"] in range(3, 8)
     assert factors.monotone
     assert winner["theoretical_critical_dim"] == GEOMETRY.theoretical_critical_dim
-    assert [row["method"] for row in winner["report"]] == ["unscaled", "pi", "ntk", "llama3", "yarn", "longrope2"]
+    assert [row["method"] for row in winner["report"]] == [
+        "unscaled",
+        "pi",
+        "ntk",
+        "llama3",
+        "yarn",
+        "longrope2",
+    ]
     assert {row["length"] for row in winner["report"]} == {TARGET_LENGTH}
     assert all(len(row["nll_per_sample"]) == NUM_SAMPLES for row in winner["report"])
     assert not re.search(r"second|time|started|elapsed|scorer", text)
@@ -222,7 +248,9 @@ def test_tables_compare_all_methods_at_each_attention_factor_but_unscaled_at_one
     )
     assert len(winner["report"]) == 3 * 6
     for row in winner["report"]:
-        assert row["attention_factor"] == (1.0 if row["method"] == "unscaled" else row["compared_at"])
+        assert row["attention_factor"] == (
+            1.0 if row["method"] == "unscaled" else row["compared_at"]
+        )
 
 
 def test_equal_vectors_share_their_scores() -> None:
@@ -234,7 +262,9 @@ def test_equal_vectors_share_their_scores() -> None:
 
 
 def test_rcd_methods_are_reported_at_the_found_critical_dim() -> None:
-    winner = finished(ToyScorers(), toy_recipe(report={"methods": ["yarn-rcd", "ntk-rcd", "longrope2"]})).winner()
+    winner = finished(
+        ToyScorers(), toy_recipe(report={"methods": ["yarn-rcd", "ntk-rcd", "longrope2"]})
+    ).winner()
     assert winner is not None
     assert {row["critical_dim"] for row in winner["report"]} == {winner["critical_dim"]}
 
@@ -299,7 +329,12 @@ def test_a_summary_counts_what_was_answered_right() -> None:
 
 
 def test_a_summary_with_a_penalty_has_no_perplexity() -> None:
-    assert summarize([Score("v", "search", 0, None, 7, False), Score("v", "search", 1, 1.0, 7, True)])["ppl"] is None
+    assert (
+        summarize([Score("v", "search", 0, None, 7, False), Score("v", "search", 1, 1.0, 7, True)])[
+            "ppl"
+        ]
+        is None
+    )
 
 
 class InterruptedScorers(ToyScorers):
@@ -320,9 +355,12 @@ class InterruptedScorers(ToyScorers):
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (StoppedError("no memory"), "stopped")]
+    ("error", "state"),
+    [(KeyboardInterrupt(), "interrupted"), (StoppedError("no memory"), "stopped")],
 )
-def test_a_search_that_is_ended_early_commits_what_has_come_in(error: BaseException, state: str) -> None:
+def test_a_search_that_is_ended_early_commits_what_has_come_in(
+    error: BaseException, state: str
+) -> None:
     run_dir, scorers = memory(), InterruptedScorers(error)
     with pytest.raises(type(error)):
         toy_run(toy_recipe(), run_dir, scorers).run()
@@ -361,15 +399,21 @@ def test_a_commit_that_is_interrupted_is_made_once(when: str) -> None:
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError("nobody reads"), SystemExit(1)])
-def test_an_observer_that_fails_ends_no_search(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_observer_that_fails_ends_no_search(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
     def blind(status: Status, event: str) -> None:
         raise error
 
     seen: list[str] = []
     run_dir = memory()
-    toy_run(toy_recipe(), run_dir, ToyScorers(), [blind, lambda status, event: seen.append(event)]).run()
+    toy_run(
+        toy_recipe(), run_dir, ToyScorers(), [blind, lambda status, event: seen.append(event)]
+    ).run()
     assert winner_bytes(run_dir) == winner_bytes(finished(ToyScorers()))
     assert seen[-1] == "end"
-    assert [record.getMessage() for record in caplog.records if "the search goes on" in record.getMessage()] == [
-        f"{type(error).__name__}: {error}; the search goes on"
-    ]
+    assert [
+        record.getMessage()
+        for record in caplog.records
+        if "the search goes on" in record.getMessage()
+    ] == [f"{type(error).__name__}: {error}; the search goes on"]

@@ -79,7 +79,9 @@ def preload(race: Race, case: Case, units: list[tuple[str, int]]) -> None:
         race.add(id, sample, case.newcomers[id][sample])
 
 
-def drive(race: Race, case: Case, width: int, rng: random.Random, trouble: bool = False) -> list[tuple[str, int]]:
+def drive(
+    race: Race, case: Case, width: int, rng: random.Random, trouble: bool = False
+) -> list[tuple[str, int]]:
     """Run a race to its end with up to ``width`` units in flight, completed in random order; units in order of start.
 
     With ``trouble`` units are told twice as well.
@@ -143,12 +145,20 @@ def every_interleaving(case: Case, width: int, verdict: Callable[[Race], None]) 
     entered: set[Any] = set()
     ends = 0
 
-    def step(race: Race, in_flight: frozenset[tuple[str, int]], told: frozenset[tuple[str, int]]) -> None:
+    def step(
+        race: Race, in_flight: frozenset[tuple[str, int]], told: frozenset[tuple[str, int]]
+    ) -> None:
         nonlocal ends
         while not race.finished and len(in_flight) < width and (unit := race.next_unit()):
             assert unit not in in_flight | told
             in_flight |= {unit}
-        state = (in_flight, told, race.num_units_left, race.num_units_saved, tuple(sorted(race.totals.items())))
+        state = (
+            in_flight,
+            told,
+            race.num_units_left,
+            race.num_units_saved,
+            tuple(sorted(race.totals.items())),
+        )
         if state in entered:
             return
         entered.add(state)
@@ -184,7 +194,9 @@ def test_survivors_do_not_depend_on_the_order_of_completion_in_all_interleavings
         case = Case(table, incumbents, dims, 2, niche_size)
         expected = case.full_evaluation()
 
-        def same(race: Race, case: Case = case, expected: list[tuple[str, float]] = expected) -> None:
+        def same(
+            race: Race, case: Case = case, expected: list[tuple[str, float]] = expected
+        ) -> None:
             assert case.survivors(race.totals) == expected
 
         assert every_interleaving(case, width, same) >= 1
@@ -192,7 +204,11 @@ def test_survivors_do_not_depend_on_the_order_of_completion_in_all_interleavings
 
 # --- by hypothesis
 
-nlls = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 2.0]) | st.floats(0, 50) | st.sampled_from([INF, 5e-324, 1e17])
+nlls = (
+    st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 2.0])
+    | st.floats(0, 50)
+    | st.sampled_from([INF, 5e-324, 1e17])
+)
 finite_nlls = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 2.0]) | st.floats(0, 50)
 
 
@@ -213,7 +229,12 @@ def cases(draw: st.DrawFn, racing: str = "exact", max_niche: int = 2, min_sample
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(), width=st.integers(1, 40), rng=st.randoms(use_true_random=False), trouble=st.booleans())
+@given(
+    case=cases(),
+    width=st.integers(1, 40),
+    rng=st.randoms(use_true_random=False),
+    trouble=st.booleans(),
+)
 def test_survivors_of_an_exact_race_are_those_of_the_full_evaluation_bit_by_bit(
     case: Case, width: int, rng: random.Random, trouble: bool
 ) -> None:
@@ -224,7 +245,12 @@ def test_survivors_of_an_exact_race_are_those_of_the_full_evaluation_bit_by_bit(
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(), width=st.integers(1, 8), rng=st.randoms(use_true_random=False), share=st.floats(0, 1))
+@given(
+    case=cases(),
+    width=st.integers(1, 8),
+    rng=st.randoms(use_true_random=False),
+    share=st.floats(0, 1),
+)
 def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
     case: Case, width: int, rng: random.Random, share: float
 ) -> None:
@@ -239,7 +265,11 @@ def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(max_niche=0), rng=st.randoms(use_true_random=False), share=st.sampled_from([0.0, 0.0, 0.3]))
+@given(
+    case=cases(max_niche=0),
+    rng=st.randoms(use_true_random=False),
+    share=st.sampled_from([0.0, 0.0, 0.3]),
+)
 def test_one_scorer_spends_nothing_on_who_is_above_the_final_kth_total(
     case: Case, rng: random.Random, share: float
 ) -> None:
@@ -272,20 +302,26 @@ def test_every_unit_is_handed_out_or_saved(case: Case, width: int, rng: random.R
     race = case.race()
     assert race.num_units_left == case.num_units
     handed_out = drive(race, case, width, rng)
-    assert len(handed_out) + race.num_units_saved == case.num_units  # those under way at the end are scored, not saved
+    assert (
+        len(handed_out) + race.num_units_saved == case.num_units
+    )  # those under way at the end are scored, not saved
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     case=cases(racing="statistical", max_niche=0, min_samples=4),
     confidence=st.sampled_from([0.1, 0.5, 1.0, 2.0]),
-    ways=st.lists(st.tuples(st.integers(1, 12), st.randoms(use_true_random=False)), min_size=2, max_size=3),
+    ways=st.lists(
+        st.tuples(st.integers(1, 12), st.randoms(use_true_random=False)), min_size=2, max_size=3
+    ),
     share=st.floats(0, 0.5),
 )
 def test_survivors_of_a_statistical_race_do_not_depend_on_the_order_of_completion(
     case: Case, confidence: float, ways: list[tuple[int, random.Random]], share: float
 ) -> None:
-    case = Case(case.newcomers, case.incumbents, case.dims, case.top_k, 0, "statistical", confidence)
+    case = Case(
+        case.newcomers, case.incumbents, case.dims, case.top_k, 0, "statistical", confidence
+    )
     units = [(id, sample) for id in case.newcomers for sample in range(case.num_samples)]
     outcomes = []
     for width, rng in ways:
@@ -304,7 +340,10 @@ def test_survivors_of_a_statistical_race_do_not_depend_on_the_order_of_completio
 
 
 def test_a_statistical_race_stops_who_loses_steadily_before_the_bound_does() -> None:
-    better, worse = [1.0, 1.1, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0], [1.5, 1.6, 1.4, 1.5, 1.5, 1.5, 1.5, 1.5]
+    better, worse = (
+        [1.0, 1.1, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0],
+        [1.5, 1.6, 1.4, 1.5, 1.5, 1.5, 1.5, 1.5],
+    )
     units = {}
     for racing in ("exact", "statistical"):
         case = Case({"a": worse}, {"x": better, "y": better}, racing=racing)
@@ -402,7 +441,9 @@ def test_every_unit_is_handed_out_once_while_none_comes_back(racing: str) -> Non
 
 
 def test_estimates_fill_gaps_by_what_the_complete_ones_have_there() -> None:
-    race = Case({"a": [2.0, 4.0], "b": [3.0, 3.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=4).race()
+    race = Case(
+        {"a": [2.0, 4.0], "b": [3.0, 3.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=4
+    ).race()
     assert race.estimates() == {}
     race.add("a", 1, 3.0)
     race.add("b", 0, 4.0)
@@ -416,7 +457,9 @@ def test_estimates_fill_gaps_by_what_the_complete_ones_have_there() -> None:
 
 
 def test_estimates_know_nobody_who_cannot_survive() -> None:
-    race = Case({"a": [9.0, 9.0], "b": [INF, 1.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=1).race()
+    race = Case(
+        {"a": [9.0, 9.0], "b": [INF, 1.0], "c": [0.0, 0.0]}, {"x": [1.0, 3.0]}, top_k=1
+    ).race()
     race.add("a", 0, 9.0)
     race.add("b", 0, INF)
     race.add("c", 1, 0.0)
@@ -431,7 +474,9 @@ def test_estimates_know_nobody_who_cannot_survive() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), width=st.integers(1, 8), rng=st.randoms(use_true_random=False))
-def test_estimates_of_a_finished_exact_race_select_its_survivors(case: Case, width: int, rng: random.Random) -> None:
+def test_estimates_of_a_finished_exact_race_select_its_survivors(
+    case: Case, width: int, rng: random.Random
+) -> None:
     race = case.race()
     drive(race, case, width, rng)
     estimated = {id: math.fsum(row.values()) for id, row in race.estimates().items()}

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, random_sample, save_tiny, some_factors, spec_of, tiny_config, tiny_model
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    random_sample,
+    save_tiny,
+    some_factors,
+    spec_of,
+    tiny_config,
+    tiny_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, MixtralConfig
 
@@ -70,13 +79,19 @@ def test_correct_means_that_greedy_decoding_gives_the_answer() -> None:
     spec, prompt = spec_of(model), random_sample(LENGTH)
     start, stop = prompt.answer_span
     ids = torch.from_numpy(prompt.input_ids[:start])[None]
-    greedy = model.generate(ids, max_new_tokens=7, min_new_tokens=7, do_sample=False, eos_token_id=None)[0].numpy()
+    greedy = model.generate(
+        ids, max_new_tokens=7, min_new_tokens=7, do_sample=False, eos_token_id=None
+    )[0].numpy()
     scorer = NeedleScorer(model, spec)
-    assert scorer.score(NeedleSample(greedy, (start, stop), 0.0, "", "", ""), ones(spec), 1.0).correct
+    assert scorer.score(
+        NeedleSample(greedy, (start, stop), 0.0, "", "", ""), ones(spec), 1.0
+    ).correct
     for wrong in (start, stop - 1):
         other = greedy.copy()
         other[wrong] = (other[wrong] + 1) % spec.vocab_size
-        assert not scorer.score(NeedleSample(other, (start, stop), 0.0, "", "", ""), ones(spec), 1.0).correct
+        assert not scorer.score(
+            NeedleSample(other, (start, stop), 0.0, "", "", ""), ones(spec), 1.0
+        ).correct
 
 
 def test_not_a_number_is_returned_as_it_is() -> None:
@@ -91,17 +106,27 @@ def test_not_a_number_is_returned_as_it_is() -> None:
 
 def test_bfloat16_scores_like_its_own_forward(tmp_path: Path) -> None:
     path = save_tiny("llama", tmp_path)
-    model, spec, sample = load_model(path, dtype="bfloat16", device="cpu"), read_spec(path), random_sample(LENGTH)
+    model, spec, sample = (
+        load_model(path, dtype="bfloat16", device="cpu"),
+        read_spec(path),
+        random_sample(LENGTH),
+    )
     score = NeedleScorer(model, spec).score(sample, ones(spec), 1.0)
     assert score.nll_sum / 7 == pytest.approx(plain_loss(model, sample), rel=2e-2)
 
 
 def test_eager_attention_uses_the_familys_own_forward(tmp_path: Path) -> None:
     path = save_tiny("gemma3", tmp_path)
-    model, spec, sample = load_model(path, attention="eager", device="cpu"), read_spec(path), random_sample(LENGTH)
+    model, spec, sample = (
+        load_model(path, attention="eager", device="cpu"),
+        read_spec(path),
+        random_sample(LENGTH),
+    )
     scorer = NeedleScorer(model, spec)
     assert not scorer.trimmed
-    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(plain_loss(model, sample), abs=1e-4)
+    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(
+        plain_loss(model, sample), abs=1e-4
+    )
 
 
 def test_families_that_cannot_be_trimmed_are_scored_all_the_same() -> None:
@@ -110,7 +135,9 @@ def test_families_that_cannot_be_trimmed_are_scored_all_the_same() -> None:
     spec = ModelSpec("falcon", "FalconForCausalLM", 16, 16, 1e4, 48, 64, 256, 3, 4, 4, 97)
     scorer, sample = NeedleScorer(falcon, spec), random_sample(LENGTH)
     assert not scorer.trimmed
-    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(plain_loss(falcon, sample), abs=1e-4)
+    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(
+        plain_loss(falcon, sample), abs=1e-4
+    )
 
 
 def test_mixtures_of_experts_are_trimmed_too() -> None:
@@ -123,7 +150,9 @@ def test_mixtures_of_experts_are_trimmed_too() -> None:
     spec = ModelSpec("mixtral", "MixtralForCausalLM", 16, 16, 1e4, 48, 64, 32, 2, 4, 2, 97)
     scorer = NeedleScorer(model, spec, mlp_chunk_tokens=16)
     assert scorer.trimmed
-    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(plain_loss(model, sample), abs=1e-4)
+    assert scorer.score(sample, ones(spec), 1.0).nll_sum / 7 == pytest.approx(
+        plain_loss(model, sample), abs=1e-4
+    )
 
 
 class LargestTensor(TorchDispatchMode):
@@ -135,7 +164,9 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self.num_elements = max(self.num_elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.num_elements = max(
+                    self.num_elements, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
         return out
 
 
@@ -149,7 +180,9 @@ def test_nothing_grows_like_all_logits_or_a_mask(family: str) -> None:
     assert (length - 1) * spec.hidden_size <= largest.num_elements < length * VOCABULARY < length**2
 
 
-@pytest.mark.parametrize(("num_queries", "window"), [(50, 7), (50, 1), (50, None), (5, 7), (5, None), (5, 200)])
+@pytest.mark.parametrize(
+    ("num_queries", "window"), [(50, 7), (50, 1), (50, None), (5, 7), (5, None), (5, 200)]
+)
 def test_banded_attention_equals_a_full_mask(num_queries: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 6, num_queries, 8, generator=generator)

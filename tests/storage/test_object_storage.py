@@ -91,7 +91,10 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def files(url: str) -> list[str]:
-    return sorted(str(path).removeprefix(url.removeprefix("s3://") + "/") for path in another_client().find(url))
+    return sorted(
+        str(path).removeprefix(url.removeprefix("s3://") + "/")
+        for path in another_client().find(url)
+    )
 
 
 # --- the run directory
@@ -108,7 +111,9 @@ def opened(url: str, seed: int = 0) -> RunDir:
     return run_dir
 
 
-def test_a_run_directory_in_a_bucket_is_resumed_compacted_and_refused_to_another_recipe(bucket: str) -> None:
+def test_a_run_directory_in_a_bucket_is_resumed_compacted_and_refused_to_another_recipe(
+    bucket: str,
+) -> None:
     run_dir = opened(f"{bucket}/deep/run")
     for sample in range(3):
         run_dir.append_scores([score(sample)])
@@ -119,7 +124,13 @@ def test_a_run_directory_in_a_bucket_is_resumed_compacted_and_refused_to_another
         opened(run_dir.url, seed=1)
     again.compact_scores(ledger.values())
     held = files(run_dir.url)
-    assert [name.split("/")[0] for name in held] == ["drivers", "drivers", "recipe.toml", "run.json", "scores"]
+    assert [name.split("/")[0] for name in held] == [
+        "drivers",
+        "drivers",
+        "recipe.toml",
+        "run.json",
+        "scores",
+    ]
     assert RunDir(run_dir.url).load_scores() == ledger
 
 
@@ -133,7 +144,9 @@ def test_a_spoiled_object_is_skipped_and_the_rest_is_used(bucket: str, how: str)
     held = json.loads(whole)["rows"][0]["sample"]
     flipped = bytearray(whole)
     flipped[whole.index(b"1.5")] ^= 1
-    another_client().pipe_file(f"{run_dir.url}/{victim}", whole[:-30] if how == "torn" else bytes(flipped))
+    another_client().pipe_file(
+        f"{run_dir.url}/{victim}", whole[:-30] if how == "torn" else bytes(flipped)
+    )
     fresh = RunDir(run_dir.url)
     rest = fresh.load_scores()
     assert {row.sample for row in rest.values()} == {0, 1, 2} - {held}
@@ -188,7 +201,9 @@ def test_a_server_that_is_gone_is_told_and_no_file_is_taken_for_torn(
         assert not isinstance(caught.value, CorruptFileError)
         with pytest.raises(RunDirError, match=r"^--run-dir: cannot write"):
             away.create()
-        with pytest.raises(ValueError, match=r"expected a readable model at .*, got Could not connect"):
+        with pytest.raises(
+            ValueError, match=r"expected a readable model at .*, got Could not connect"
+        ):
             resolve_model_path(f"{bucket}/model")
         reader._run_dir = away
         with pytest.raises(RunDirError, match="Could not connect") as caught_too:
@@ -207,16 +222,25 @@ def test_a_model_in_a_bucket_is_the_same_model(bucket: str) -> None:
     text = "The pass key is 4711."
     assert load_tokenizer(url)(text)["input_ids"] == load_tokenizer(here)(text)["input_ids"]
     folder, _ = resolve_model_path(url)
-    assert load_model(folder, device="cpu").state_dict().keys() == load_model(here, device="cpu").state_dict().keys()
-    with pytest.raises(ValueError, match=rf"expected a readable model at '{bucket}/none', got no such file"):
+    assert (
+        load_model(folder, device="cpu").state_dict().keys()
+        == load_model(here, device="cpu").state_dict().keys()
+    )
+    with pytest.raises(
+        ValueError, match=rf"expected a readable model at '{bucket}/none', got no such file"
+    ):
         resolve_model_path(f"{bucket}/none")
 
 
-def test_a_model_without_keys_is_one_clear_message(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_keys_is_one_clear_message(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(ValueError, match=r"expected a readable model at .*, got Unable to locate credentials"):
+    with pytest.raises(
+        ValueError, match=r"expected a readable model at .*, got Unable to locate credentials"
+    ):
         resolve_model_path(f"{bucket}/model")
 
 
@@ -225,7 +249,11 @@ def test_a_model_without_keys_is_one_clear_message(bucket: str, monkeypatch: pyt
 
 def longrope2(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [BIN / "longrope2", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BIN / "longrope2", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -255,11 +283,17 @@ def undisturbed(server: psutil.Process, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.long
 @pytest.mark.timeout(2 * MOST_SECONDS)
-def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(bucket: str, undisturbed: Path) -> None:
+def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
+    bucket: str, undisturbed: Path
+) -> None:
     url = f"{bucket}/run"
     search = ("search", "debug", "--run-dir", url, *SMALL)
     first = longrope2(*search)
-    wait_until(lambda: first.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 3)
+    wait_until(
+        lambda: (
+            first.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 3
+        )
+    )
     assert first.poll() is None, "it ended before it could be killed"
     kill(first)
     assert "winner.json" not in files(url)
@@ -267,7 +301,10 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(bucket: st
     assert kept >= 3
     output = run(*search)
     assert f"resuming {url}" in output
-    assert another_client().cat_file(f"{url}/winner.json") == (undisturbed / "winner.json").read_bytes()
+    assert (
+        another_client().cat_file(f"{url}/winner.json")
+        == (undisturbed / "winner.json").read_bytes()
+    )
 
 
 @pytest.mark.timeout(2 * MOST_SECONDS)
@@ -277,8 +314,14 @@ def test_a_search_waits_for_storage_that_does_not_answer(
     """The server is stopped, not closed: connections hang. The model lies there too."""
     fsspec.filesystem("s3").put(str(ASSETS / "reference"), f"{bucket}/model", recursive=True)
     url = f"{bucket}/run"
-    search = longrope2("search", "debug", "--run-dir", url, "--model.path", f"{bucket}/model", *SMALL)
-    wait_until(lambda: search.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 2)
+    search = longrope2(
+        "search", "debug", "--run-dir", url, "--model.path", f"{bucket}/model", *SMALL
+    )
+    wait_until(
+        lambda: (
+            search.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 2
+        )
+    )
     assert search.poll() is None, "it ended before storage could stall"
     server.suspend()
     try:
@@ -288,7 +331,10 @@ def test_a_search_waits_for_storage_that_does_not_answer(
         server.resume()
     output, _ = search.communicate(timeout=MOST_SECONDS)
     assert search.returncode == 0, output[-3000:]
-    assert another_client().cat_file(f"{url}/winner.json") == (undisturbed / "winner.json").read_bytes()
+    assert (
+        another_client().cat_file(f"{url}/winner.json")
+        == (undisturbed / "winner.json").read_bytes()
+    )
     another_client().rm(f"{url}/report.html")
     assert main(["report", url]) == 0
     assert b"LongRoPE2" in another_client().cat_file(f"{url}/report.html")
@@ -305,7 +351,9 @@ def train(recipe: Any, url: str) -> tuple[list[dict[str, Any]], Mapping[str, tor
     job, train_dir, _ = prepare_training(recipe, run_dir)
     run_training(job, train_dir, lambda row: None)
     rows = [train_dir.read_json(name) for name in train_dir.names("steps")]
-    return [without_times(row) for row in rows if row], load_model(f"{url}/train/model", device="cpu").state_dict()
+    return [without_times(row) for row in rows if row], load_model(
+        f"{url}/train/model", device="cpu"
+    ).state_dict()
 
 
 @pytest.mark.long
@@ -335,7 +383,9 @@ def test_a_training_whose_worker_is_killed_and_whose_bucket_stalls_ends_in_the_b
     assert again == rows
     assert weights.keys() == same.keys()
     assert all(torch.equal(weights[name], same[name]) for name in weights)
-    assert any(name.startswith("train/checkpoints/") and "/checkpoint_" in name for name in files(url))
+    assert any(
+        name.startswith("train/checkpoints/") and "/checkpoint_" in name for name in files(url)
+    )
     assert ray.is_initialized()
 
 
@@ -346,19 +396,28 @@ def test_data_and_training_in_a_bucket_killed_with_9_give_what_a_local_run_gives
 ) -> None:
     """Documents, data, checkpoints and both models lie in the bucket."""
     words = [f"w{i}" for i in range(3, 60)]
-    texts = [" ".join(words[(7 * i + j) % len(words)] for j in range(10 + 11 * (i % 24))) for i in range(48)]
+    texts = [
+        " ".join(words[(7 * i + j) % len(words)] for j in range(10 + 11 * (i % 24)))
+        for i in range(48)
+    ]
     fsspec.filesystem("s3").pipe(
-        f"{bucket}/text/a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        f"{bucket}/text/a.jsonl",
+        "".join(json.dumps({"text": text}) + "\n" for text in texts).encode(),
     )
     folder = shutil.copytree(model_dir, tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     fsspec.filesystem("s3").put(str(folder), f"{bucket}/model", recursive=True)
-    recipe = recipe_of(f"{bucket}/model", max_steps=6, checkpoint_steps=2).model_dump(mode="json", exclude_none=True)
+    recipe = recipe_of(f"{bucket}/model", max_steps=6, checkpoint_steps=2).model_dump(
+        mode="json", exclude_none=True
+    )
     recipe["data"] = {
         "sources": [{"name": "a", "path": [f"{bucket}/text/*.jsonl"]}],
-        "bands": [{"max_tokens": WINDOW, "tokens": 2 * LENGTH}, {"max_tokens": 1024, "tokens": 10 * LENGTH}],
+        "bands": [
+            {"max_tokens": WINDOW, "tokens": 2 * LENGTH},
+            {"max_tokens": 1024, "tokens": 10 * LENGTH},
+        ],
         "num_shards": 1,
     }
     (tmp_path / "test.toml").write_text(tomli_w.dumps(recipe))
@@ -375,5 +434,10 @@ def test_data_and_training_in_a_bucket_killed_with_9_give_what_a_local_run_gives
     assert "train/result.json" not in files(url)
     assert "resuming" in run(*command, url)
     for name in ("config.json", "model.safetensors"):
-        assert another_client().cat_file(f"{url}/train/model/{name}") == Path(here, "train/model", name).read_bytes()
-    assert (RunDir(url).read_json("train/result.json")) == RunDir(here).read_json("train/result.json")
+        assert (
+            another_client().cat_file(f"{url}/train/model/{name}")
+            == Path(here, "train/model", name).read_bytes()
+        )
+    assert (RunDir(url).read_json("train/result.json")) == RunDir(here).read_json(
+        "train/result.json"
+    )

@@ -15,7 +15,12 @@ from longrope2_ray.errors import CorruptFileError, FencedError, RunDirError
 from longrope2_ray.search.scores import Score
 from longrope2_ray.storage.rundir import RunDir
 
-RECIPE = {"name": "x", "search.seed": 0, "search.tail_bounds": [1.0, 2.0], "search.critical_dims": None}
+RECIPE = {
+    "name": "x",
+    "search.seed": 0,
+    "search.tail_bounds": [1.0, 2.0],
+    "search.critical_dims": None,
+}
 PRINTS = {"model": "abc", "needles search": "def"}
 NESTED = {"name": "x", "search": {"seed": 0, "critical_dims": None, "tail_bounds": (1.0, 2.0)}}
 
@@ -28,7 +33,9 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunDir]:
         yield RunDir(f"memory://{uuid.uuid4().hex}/run")
 
 
-def begin(run_dir: RunDir, recipe: dict[str, Any] = RECIPE, prints: dict[str, str] = PRINTS) -> bool:
+def begin(
+    run_dir: RunDir, recipe: dict[str, Any] = RECIPE, prints: dict[str, str] = PRINTS
+) -> bool:
     """Open and own it."""
     found = run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
     run_dir.take_over()
@@ -93,7 +100,9 @@ def test_a_probe_that_another_driver_removes_first_is_no_mistake(
     run_dir.create()
 
 
-def test_a_client_that_is_not_installed_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_not_installed_is_one_clear_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = RunDir(str(tmp_path / "run"), patience_seconds=60)
 
     def missing(*arguments: Any) -> bytes:
@@ -107,7 +116,12 @@ def test_a_client_that_is_not_installed_is_one_clear_message(tmp_path: Path, mon
 def test_what_is_not_there_is_none(run_dir: RunDir) -> None:
     assert run_dir.read_json("winner.json") is None
     run_dir.create()
-    assert (run_dir.winner(), run_dir.status(), run_dir.generations(), run_dir.load_scores()) == (None, None, [], {})
+    assert (run_dir.winner(), run_dir.status(), run_dir.generations(), run_dir.load_scores()) == (
+        None,
+        None,
+        [],
+        {},
+    )
 
 
 def test_the_same_content_is_the_same_bytes(run_dir: RunDir) -> None:
@@ -177,11 +191,29 @@ def test_the_recipe_is_kept_as_toml_without_what_is_not_set(run_dir: RunDir) -> 
     ("recipe", "prints", "field", "old", "new"),
     [
         ({**RECIPE, "search.seed": 1}, PRINTS, "search.seed", "0", "1"),
-        ({**RECIPE, "search.tail_bounds": [1.0, 3.0]}, PRINTS, "search.tail_bounds", "[1.0, 2.0]", "[1.0, 3.0]"),
-        ({**RECIPE, "search.critical_dims": [3, 4]}, PRINTS, "search.critical_dims", "None", "[3, 4]"),
+        (
+            {**RECIPE, "search.tail_bounds": [1.0, 3.0]},
+            PRINTS,
+            "search.tail_bounds",
+            "[1.0, 2.0]",
+            "[1.0, 3.0]",
+        ),
+        (
+            {**RECIPE, "search.critical_dims": [3, 4]},
+            PRINTS,
+            "search.critical_dims",
+            "None",
+            "[3, 4]",
+        ),
         ({**RECIPE, "search.new": 3}, PRINTS, "search.new", "None", "3"),
         (RECIPE, {**PRINTS, "model": "xyz"}, "fingerprint of model", "'abc'", "'xyz'"),
-        (RECIPE, {**PRINTS, "needles search": "x"}, "fingerprint of needles search", "'def'", "'x'"),
+        (
+            RECIPE,
+            {**PRINTS, "needles search": "x"},
+            "fingerprint of needles search",
+            "'def'",
+            "'x'",
+        ),
     ],
 )
 def test_a_directory_of_another_run_is_refused_by_field(
@@ -210,7 +242,9 @@ def test_a_lost_identity_is_written_again_if_the_files_say_whose_they_are(run_di
 
 
 @pytest.mark.parametrize("folder", ["scores", "generations"])
-def test_a_lost_identity_is_not_made_up_for_the_files_of_another_run(run_dir: RunDir, folder: str) -> None:
+def test_a_lost_identity_is_not_made_up_for_the_files_of_another_run(
+    run_dir: RunDir, folder: str
+) -> None:
     begin(run_dir)
     if folder == "scores":
         run_dir.append_scores([score(0)])
@@ -221,7 +255,9 @@ def test_a_lost_identity_is_not_made_up_for_the_files_of_another_run(run_dir: Ru
     with pytest.raises(RunDirError, match=rf"holds {folder}/.* of another run"):
         begin(RunDir(run_dir.url), {**RECIPE, "search.seed": 1})
     assert (run_dir.path / "run.json").read_bytes() == before
-    assert begin(RunDir(run_dir.url)) is True, "the refused run has spoiled the directory for its owner"
+    assert begin(RunDir(run_dir.url)) is True, (
+        "the refused run has spoiled the directory for its owner"
+    )
 
 
 def test_a_torn_identity_without_scores_is_written_again(run_dir: RunDir) -> None:
@@ -235,7 +271,9 @@ def test_a_file_in_place_of_the_directory_is_one_clear_message(tmp_path: Path) -
     place = tmp_path / "file"
     place.write_text("x")
     for url in (place, place / "below"):
-        with pytest.raises(RunDirError, match=r"^--run-dir: expected a directory that can be written, got"):
+        with pytest.raises(
+            RunDirError, match=r"^--run-dir: expected a directory that can be written, got"
+        ):
             RunDir(str(url)).create()
 
 
@@ -250,7 +288,9 @@ def test_reading_below_a_file_is_no_stack_trace(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_clear_message(tmp_path: Path) -> None:
     run_dir = RunDir(str(tmp_path))
     (tmp_path / "winner.json").mkdir()
-    with pytest.raises(RunDirError, match=r"^--run-dir: cannot write .*winner.json.*run again to resume"):
+    with pytest.raises(
+        RunDirError, match=r"^--run-dir: cannot write .*winner.json.*run again to resume"
+    ):
         run_dir.write_json("winner.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["winner.json"]
 
@@ -372,7 +412,10 @@ def test_a_newer_driver_fences_the_older_one_off(run_dir: RunDir) -> None:
     older.append_scores([score(1)])
     begin(newer)
     before = segments(run_dir)
-    for write in (lambda: older.append_scores([score(2)]), lambda: older.compact_scores([score(0), score(1)])):
+    for write in (
+        lambda: older.append_scores([score(2)]),
+        lambda: older.compact_scores([score(0), score(1)]),
+    ):
         with pytest.raises(FencedError, match=rf"process {os.getpid()} on .* has taken over"):
             write()
     assert segments(run_dir) == before
@@ -388,7 +431,9 @@ def test_a_driver_that_is_fenced_off_closes_no_generation(run_dir: RunDir) -> No
     assert run_dir.names("generations") == []
 
 
-def test_claims_are_ordered_by_number_whatever_the_clock_says(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_are_ordered_by_number_whatever_the_clock_says(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drivers = []
     for now in (1e9, 5e8, 2e9, 0.0):
         monkeypatch.setattr("time.time", lambda now=now: now)
@@ -431,12 +476,15 @@ def test_a_secret_in_the_url_is_refused_and_not_repeated() -> None:
 def test_storage_that_cannot_be_written_is_one_clear_message() -> None:
     for url in ("https://example.com/run", "zip://run"):
         with pytest.raises(
-            RunDirError, match=rf"--run-dir: .* can be written, got {url}: this kind of storage cannot$"
+            RunDirError,
+            match=rf"--run-dir: .* can be written, got {url}: this kind of storage cannot$",
         ):
             RunDir(url).create()
 
 
-def test_what_storage_cannot_do_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_storage_cannot_do_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = RunDir(str(tmp_path / "run"), patience_seconds=60)
 
     def cannot(*arguments: Any) -> bytes:
@@ -465,17 +513,25 @@ class FlakyRunDir(RunDir):
         super()._write_once(target, data)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ConnectionError("away"), TimeoutError("slow")])
-def test_storage_that_comes_back_costs_nothing_but_time(tmp_path: Path, error: Exception, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), ConnectionError("away"), TimeoutError("slow")]
+)
+def test_storage_that_comes_back_costs_nothing_but_time(
+    tmp_path: Path, error: Exception, caplog: Any
+) -> None:
     run_dir = FlakyRunDir(str(tmp_path), error, failures=2, patience_seconds=60)
     with caplog.at_level(logging.WARNING):
         run_dir.append_scores([score(0)])
     assert len(RunDir(str(tmp_path)).load_scores()) == 1
-    assert [r.message for r in caplog.records if "storage.patience_seconds" in r.message], "nobody was told"
+    assert [r.message for r in caplog.records if "storage.patience_seconds" in r.message], (
+        "nobody was told"
+    )
 
 
 def test_storage_that_stays_away_ends_in_one_clear_message(tmp_path: Path) -> None:
-    run_dir = FlakyRunDir(str(tmp_path), OSError(errno.ENOSPC, "full"), failures=99, patience_seconds=1)
+    run_dir = FlakyRunDir(
+        str(tmp_path), OSError(errno.ENOSPC, "full"), failures=99, patience_seconds=1
+    )
     with pytest.raises(RunDirError, match=r"cannot write .*full.*run again to resume"):
         run_dir.append_scores([score(0)])
     assert run_dir.left < 98, "it did not try again"
@@ -491,12 +547,16 @@ def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_corrupt_one(tmp_path:
 
 
 def test_what_waiting_does_not_mend_is_said_at_once(tmp_path: Path) -> None:
-    run_dir = FlakyRunDir(str(tmp_path), PermissionError("forbidden"), failures=1, patience_seconds=60)
+    run_dir = FlakyRunDir(
+        str(tmp_path), PermissionError("forbidden"), failures=1, patience_seconds=60
+    )
     with pytest.raises(RunDirError, match="forbidden"):
         run_dir.append_scores([score(0)])
 
 
-def test_segments_replaced_while_they_are_read_are_found_in_their_new_place(run_dir: RunDir) -> None:
+def test_segments_replaced_while_they_are_read_are_found_in_their_new_place(
+    run_dir: RunDir,
+) -> None:
     begin(run_dir)
     run_dir.append_scores([score(0)])
     run_dir.append_scores([score(1)])

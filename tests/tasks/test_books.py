@@ -16,9 +16,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_directory_gives_its_texts_in_order_of_name_whatever_their_compression(folder: Path) -> None:
+def test_a_directory_gives_its_texts_in_order_of_name_whatever_their_compression(
+    folder: Path,
+) -> None:
     books = load_books([str(folder)])
-    assert [(book.name, book.text) for book in books] == [("a", "squeezed"), ("b", "plain ünïcode"), ("c", "zipped")]
+    assert [(book.name, book.text) for book in books] == [
+        ("a", "squeezed"),
+        ("b", "plain ünïcode"),
+        ("c", "zipped"),
+    ]
 
 
 def test_files_globs_and_directories_can_be_mixed_and_keep_their_order(folder: Path) -> None:
@@ -46,7 +52,9 @@ def test_bundled_texts_for_search_and_report_share_no_book() -> None:
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "nowhere/*.txt", "bundled:nowhere"])
 def test_a_source_that_matches_nothing_is_named(source: str) -> None:
-    with pytest.raises(ValueError, match=r"^text: expected a text file, .* which matches nothing$") as caught:
+    with pytest.raises(
+        ValueError, match=r"^text: expected a text file, .* which matches nothing$"
+    ) as caught:
         load_books([source])
     assert repr(source) in str(caught.value)
 

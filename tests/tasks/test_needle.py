@@ -25,7 +25,10 @@ from longrope2_ray.tasks.needle import (
 )
 
 SENTENCES = [
-    INSTRUCTION + NEEDLE.format(key="numerous-kite", value=6716097) + QUESTION.format(key="numerous-kite") + " 6716097",
+    INSTRUCTION
+    + NEEDLE.format(key="numerous-kite", value=6716097)
+    + QUESTION.format(key="numerous-kite")
+    + " 6716097",
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, 0123456789",
     "Fellow citizens of the Senate and of the House of Representatives, the state of the union is 1898 and 42.",
 ]
@@ -33,7 +36,9 @@ LENGTH = 700
 
 
 def wrapped(backend: Backend, **special: Any) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=True, **special
+    )
 
 
 def byte_level(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
@@ -71,7 +76,9 @@ def metaspace() -> PreTrainedTokenizerFast:
     return wrapped(
         byte_fallback(
             pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first"),
-            decoder=decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]),
+            decoder=decoders.Sequence(
+                [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+            ),
         ),
         bos_token="<s>",
         unk_token="<unk>",
@@ -82,9 +89,16 @@ def prepending() -> PreTrainedTokenizerFast:
     """As Llama-2's and Phi-3's: every text gets a word mark before it."""
     return wrapped(
         byte_fallback(
-            normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+            normalizer=normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            ),
             decoder=decoders.Sequence(
-                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+                [
+                    decoders.Replace("▁", " "),
+                    decoders.ByteFallback(),
+                    decoders.Fuse(),
+                    decoders.Strip(" ", 1, 0),
+                ]
             ),
         ),
         bos_token="<s>",
@@ -117,7 +131,9 @@ def needle_set(tokenizer: Any = GPT, **changes: Any) -> list[NeedleSample]:
 
 
 @tokenizers
-def test_a_sample_is_exactly_as_long_as_asked_and_ends_in_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_sample_is_exactly_as_long_as_asked_and_ends_in_the_answer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     for sample in needle_set(tokenizer):
         start, stop = sample.answer_span
         assert sample.input_ids.shape == (LENGTH,)
@@ -128,7 +144,9 @@ def test_a_sample_is_exactly_as_long_as_asked_and_ends_in_the_answer(tokenizer: 
 
 
 @tokenizers
-def test_the_end_of_a_sample_reads_as_question_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_end_of_a_sample_reads_as_question_and_answer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     for sample in needle_set(tokenizer):
         text = tokenizer.decode(sample.input_ids, clean_up_tokenization_spaces=False)
         assert text.endswith(f"{QUESTION.format(key=sample.key)} {sample.value}")
@@ -138,7 +156,9 @@ def test_the_end_of_a_sample_reads_as_question_and_answer(tokenizer: PreTrainedT
 @tokenizers
 def test_the_needle_stands_once_after_the_instruction(tokenizer: PreTrainedTokenizerFast) -> None:
     for sample in needle_set(tokenizer):
-        text = tokenizer.decode(sample.input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(
+            sample.input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         needle = NEEDLE.format(key=sample.key, value=sample.value).strip()
         assert text.count(needle) == 1
         assert text.strip().startswith(INSTRUCTION.strip())
@@ -147,14 +167,18 @@ def test_the_needle_stands_once_after_the_instruction(tokenizer: PreTrainedToken
 
 
 @tokenizers
-def test_bos_stands_once_and_first_if_the_tokenizer_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bos_stands_once_and_first_if_the_tokenizer_has_one(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     for sample in needle_set(tokenizer):
         places = np.flatnonzero(sample.input_ids == tokenizer.bos_token_id).tolist()
         assert places == ([] if tokenizer.bos_token_id is None else [0])
 
 
 @tokenizers
-def test_encoded_apart_question_and_answer_read_as_one_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_encoded_apart_question_and_answer_read_as_one_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     question = QUESTION.format(key="numerous-kite")
     question_ids, answer_ids = encode_answer(tokenizer, question, "6716097")
     text = tokenizer.decode(question_ids + answer_ids, clean_up_tokenization_spaces=False)
@@ -178,12 +202,16 @@ def test_a_book_that_spells_a_special_token_adds_none() -> None:
         (1.0, 1, [1.0]),
     ],
 )
-def test_the_needle_stands_where_depth_says(depth: str | float, num_samples: int, depths: list[float]) -> None:
+def test_the_needle_stands_where_depth_says(
+    depth: str | float, num_samples: int, depths: list[float]
+) -> None:
     samples = needle_set(depth=depth, num_samples=num_samples)
     assert [sample.depth for sample in samples] == depths
     head = 1 + len(GPT.encode(INSTRUCTION, add_special_tokens=False))
     for sample in samples:
-        needle = GPT.encode(NEEDLE.format(key=sample.key, value=sample.value), add_special_tokens=False)
+        needle = GPT.encode(
+            NEEDLE.format(key=sample.key, value=sample.value), add_special_tokens=False
+        )
         question = GPT.encode(QUESTION.format(key=sample.key), add_special_tokens=False)
         room = sample.answer_span[0] - len(question) - head - len(needle)
         place = head + round(sample.depth * room)
@@ -192,16 +220,24 @@ def test_the_needle_stands_where_depth_says(depth: str | float, num_samples: int
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(300, 1200), depth=st.floats(0, 1), name=st.sampled_from(list(TOKENIZERS)))
-def test_the_document_is_a_stretch_of_the_book_around_the_needle(length: int, depth: float, name: str) -> None:
+def test_the_document_is_a_stretch_of_the_book_around_the_needle(
+    length: int, depth: float, name: str
+) -> None:
     tokenizer, document = TOKENIZERS[name], list(range(300, 1500))
-    sample = build_sample(tokenizer, document, length=length, key="big-kite", value="1234567", depth=depth)
+    sample = build_sample(
+        tokenizer, document, length=length, key="big-kite", value="1234567", depth=depth
+    )
     assert len(sample.input_ids) == length
     stretch = [id for id in sample.input_ids.tolist() if id in document]
     template = length - sample.answer_span[0]
     assert template > 0
-    needle = tokenizer.encode(NEEDLE.format(key="big-kite", value="1234567"), add_special_tokens=False)
+    needle = tokenizer.encode(
+        NEEDLE.format(key="big-kite", value="1234567"), add_special_tokens=False
+    )
     question = tokenizer.encode(QUESTION.format(key="big-kite"), add_special_tokens=False)
-    head = len(tokenizer.encode(INSTRUCTION, add_special_tokens=False)) + (tokenizer.bos_token_id is not None)
+    head = len(tokenizer.encode(INSTRUCTION, add_special_tokens=False)) + (
+        tokenizer.bos_token_id is not None
+    )
     room = length - head - len(needle) - len(question) - template
     body = sample.input_ids.tolist()[head : head + room + len(needle)]
     cut = round(depth * room)
@@ -212,7 +248,9 @@ def test_the_document_is_a_stretch_of_the_book_around_the_needle(length: int, de
 def test_samples_come_from_different_books_while_there_are_enough() -> None:
     assert len({sample.book for sample in needle_set()}) == 5
     again = needle_set(num_samples=12)
-    counts = [sum(sample.book == name for sample in again) for name in {sample.book for sample in again}]
+    counts = [
+        sum(sample.book == name for sample in again) for name in {sample.book for sample in again}
+    ]
     assert sorted(counts) == [2, 2, 2, 3, 3]
     assert len({sample.input_ids.tobytes() for sample in again}) == 12
 
@@ -246,7 +284,9 @@ def test_the_same_seed_gives_the_same_tokens_and_fingerprint() -> None:
 
 def test_more_samples_begin_with_the_fewer() -> None:
     fewer, more = needle_set(num_samples=3), needle_set(num_samples=5)
-    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(fewer, more[:3], strict=True))
+    assert all(
+        np.array_equal(a.input_ids, b.input_ids) for a, b in zip(fewer, more[:3], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,16 +304,24 @@ def test_one_token_and_one_answer_position_change_the_fingerprint() -> None:
     known, (sample,) = needle_fingerprint(samples), samples
     ids = sample.input_ids.copy()
     ids[100] += 1
-    touched = NeedleSample(ids, sample.answer_span, sample.depth, sample.key, sample.value, sample.book)
+    touched = NeedleSample(
+        ids, sample.answer_span, sample.depth, sample.key, sample.value, sample.book
+    )
     shifted = NeedleSample(
-        sample.input_ids, (sample.answer_span[0] - 1, LENGTH), sample.depth, sample.key, sample.value, sample.book
+        sample.input_ids,
+        (sample.answer_span[0] - 1, LENGTH),
+        sample.depth,
+        sample.key,
+        sample.value,
+        sample.book,
     )
     assert len({known, needle_fingerprint([touched]), needle_fingerprint([shifted])}) == 3
 
 
 def test_text_too_short_for_the_length_is_refused_with_both_numbers() -> None:
     with pytest.raises(
-        ValueError, match=r"^needles.text: expected at least one book of 700 tokens .* of 2 has \d+; add"
+        ValueError,
+        match=r"^needles.text: expected at least one book of 700 tokens .* of 2 has \d+; add",
     ):
         needle_set(books=[book("short", 20), book("tiny", 3)])
 
@@ -284,19 +332,30 @@ def test_no_books_are_refused() -> None:
 
 
 def test_a_document_too_short_for_its_room_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"^needles.text: expected a document of \d+ tokens .* got 3 in moby; add"):
-        build_sample(GPT, [1, 2, 3], length=LENGTH, key="a-b", value="1234567", depth=0, book="moby")
+    with pytest.raises(
+        ValueError, match=r"^needles.text: expected a document of \d+ tokens .* got 3 in moby; add"
+    ):
+        build_sample(
+            GPT, [1, 2, 3], length=LENGTH, key="a-b", value="1234567", depth=0, book="moby"
+        )
 
 
 def test_a_length_too_short_for_the_template_is_refused_with_the_least_length() -> None:
-    with pytest.raises(ValueError, match=r"^search.target_length: expected at least (\d+) tokens .* got 50$") as caught:
+    with pytest.raises(
+        ValueError, match=r"^search.target_length: expected at least (\d+) tokens .* got 50$"
+    ) as caught:
         build_sample(GPT, [1] * 50, length=50, key="a-b", value="1234567", depth=0)
     least = int(re.findall(r"at least (\d+)", str(caught.value))[0])
-    assert len(build_sample(GPT, [], length=least, key="a-b", value="1234567", depth=0).input_ids) == least
+    assert (
+        len(build_sample(GPT, [], length=least, key="a-b", value="1234567", depth=0).input_ids)
+        == least
+    )
 
 
 def test_a_tokenizer_that_loses_digits_is_refused() -> None:
     backend = Backend(models.WordLevel({"<unk>": 0, "What": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(ValueError, match=r"^model.path: expected a tokenizer that gives the answer back"):
+    with pytest.raises(
+        ValueError, match=r"^model.path: expected a tokenizer that gives the answer back"
+    ):
         needle_set(wrapped(backend, unk_token="<unk>"), length=60)

@@ -12,14 +12,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from tiny_models import FAMILIES, SHAPE, VOCABULARY, WINDOW, some_factors, spec_of, tiny_config, tiny_model
+from tiny_models import (
+    FAMILIES,
+    SHAPE,
+    VOCABULARY,
+    WINDOW,
+    some_factors,
+    spec_of,
+    tiny_config,
+    tiny_model,
+)
 from torch import multiprocessing
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from longrope2_ray.data.packing import Segment
 from longrope2_ray.recipe.training import TrainSection
 from longrope2_ray.rope.factors import RescaleFactors
-from longrope2_ray.training.attention import SegmentAttention, document_attention, flash_varlen_inputs
+from longrope2_ray.training.attention import (
+    SegmentAttention,
+    document_attention,
+    flash_varlen_inputs,
+)
 from longrope2_ray.training.batches import (
     IGNORED,
     attention_ranges,
@@ -135,7 +148,9 @@ def kernels() -> list:
 
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize(("kernel", "device", "dtype"), kernels())
-def test_documents_do_not_see_each_other(kernel: str, device: str, dtype: torch.dtype, window: int | None) -> None:
+def test_documents_do_not_see_each_other(
+    kernel: str, device: str, dtype: torch.dtype, window: int | None
+) -> None:
     """Perturb one document: nothing changes in the others, neither forward nor in the gradient."""
     torch.manual_seed(0)
     ranges = attention_ranges(segment("short"))
@@ -168,7 +183,9 @@ def test_document_attention_is_attention_under_the_documents_mask(window: int | 
     mask = (owner[:, None] == owner) & (at[:, None] >= at)
     if window:
         mask &= at[:, None] - at < window
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
     found = document_attention(q, k, v, ranges, scaling=0.25, window=window)
     assert torch.allclose(found, wanted, atol=1e-6)
 
@@ -183,7 +200,9 @@ def test_flash_varlen_gets_the_documents_as_int32_bounds() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("family", ["llama", "phi3_partial", "qwen3", "mistral_windowed", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3_partial", "qwen3", "mistral_windowed", "gpt_neox"]
+)
 def test_short_segments_keep_the_models_own_loss_and_do_not_leak(family: str) -> None:
     """The whole model: a short segment's NLL is the sum over its documents, each alone under the original RoPE."""
     trainer = make_trainer(family)
@@ -200,7 +219,9 @@ def test_short_segments_keep_the_models_own_loss_and_do_not_leak(family: str) ->
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("mixed", [True, False])
-def test_long_segments_take_the_rescaled_rope_and_short_ones_only_without_mixing(mixed: bool) -> None:
+def test_long_segments_take_the_rescaled_rope_and_short_ones_only_without_mixing(
+    mixed: bool,
+) -> None:
     trainer = make_trainer("llama", mixed=mixed)
     model = tiny_model(tiny_config("llama"))
     vector = factors_of(model)
@@ -210,11 +231,19 @@ def test_long_segments_take_the_rescaled_rope_and_short_ones_only_without_mixing
     long = segment("long")
     ids = torch.tensor(long.input_ids)[None]
     logits = extended(input_ids=ids, use_cache=False).logits[0]
-    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(targets_of(long)), reduction="sum")
+    wanted = torch.nn.functional.cross_entropy(
+        logits, torch.tensor(targets_of(long)), reduction="sum"
+    )
     with trainer.window(long), torch.no_grad():
-        assert float(trainer._loss(*trainer._inputs(long))) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(trainer._loss(*trainer._inputs(long))) == pytest.approx(
+            float(wanted), rel=1e-5
+        )
     short = segment("short")
-    angles = [buffer for name, buffer in trainer._loss.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+    angles = [
+        buffer
+        for name, buffer in trainer._loss.named_buffers()
+        if name.endswith("rotary_emb.inv_freq")
+    ]
     before = [buffer.clone() for buffer in angles]
     with trainer.window(short):
         assert all(torch.equal(a, b) for a, b in zip(angles, before, strict=True)) == mixed
@@ -238,13 +267,19 @@ RECURRENT = {
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("Qwen3NextConfig", RECURRENT, "carries something from one document of a segment into the next"),
+        (
+            "Qwen3NextConfig",
+            RECURRENT,
+            "carries something from one document of a segment into the next",
+        ),
         ("FalconConfig", {}, r"FalconForCausalLM cannot be trained here: TypeError"),
         ("SeedOssConfig", {"residual_dropout": 0.3, "attention_dropout": 0.3}, None),
         ("MixtralConfig", {"num_local_experts": 4, "router_jitter_noise": 0.3}, None),
     ],
 )
-def test_a_few_tokens_tell_what_can_be_trained(config: str, changes: dict, message: str | None) -> None:
+def test_a_few_tokens_tell_what_can_be_trained(
+    config: str, changes: dict, message: str | None
+) -> None:
     made = getattr(transformers, config)(**SHAPE | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(made).train()
@@ -280,9 +315,13 @@ def test_training_lowers_the_loss_of_both_windows(checkpointing: bool) -> None:
     assert results[0].loss == pytest.approx(total / results[0].num_tokens)
 
 
-def _losses_and_weights(rank: int, world: int, degree: int, folder: str, out: str, tied: bool) -> None:
+def _losses_and_weights(
+    rank: int, world: int, degree: int, folder: str, out: str, tied: bool
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     config = tiny_config("llama", tie_word_embeddings=tied)
     with torch.device("meta" if rank else "cpu"):  # weights come from the first rank
         model = tiny_model(config)
@@ -317,8 +356,12 @@ def test_loss_and_weights_do_not_depend_on_the_split(tmp_path: Path, tied: bool)
     for name, (other_losses, other_weights) in results.items():
         assert other_losses == pytest.approx(losses, abs=1e-5), name
         assert set(other_weights) == set(weights)
-        assert all(torch.allclose(weights[key], other_weights[key], atol=1e-4) for key in weights), name
-    assert not torch.equal(weights["lm_head.weight"], tiny_model(tiny_config("llama")).lm_head.weight)
+        assert all(
+            torch.allclose(weights[key], other_weights[key], atol=1e-4) for key in weights
+        ), name
+    assert not torch.equal(
+        weights["lm_head.weight"], tiny_model(tiny_config("llama")).lm_head.weight
+    )
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]) is tied
 
 
@@ -380,7 +423,9 @@ def forge(checkpoint: Path, touched: Path, where: str) -> None:
         ("bytes", r"checkpoint is no checkpoint of a training.*norm\.weight is no tensor"),
     ],
 )
-def test_a_forged_checkpoint_is_refused_and_its_code_not_run(tmp_path: Path, where: str, message: str) -> None:
+def test_a_forged_checkpoint_is_refused_and_its_code_not_run(
+    tmp_path: Path, where: str, message: str
+) -> None:
     trainer, checkpoint, touched = make_trainer(), tmp_path / "checkpoint", tmp_path / "touched"
     trainer.step(0, [segment("short", 0), segment("long", 1)])
     trainer.save(str(checkpoint), 1)

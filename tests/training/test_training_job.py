@@ -23,7 +23,14 @@ import torch
 import transformers
 from fsspec.implementations.local import LocalFileSystem
 from tiny_models import save_tiny
-from tiny_training import LENGTH, prepared_dir, recipe_of, training_workers, without_times, write_data
+from tiny_training import (
+    LENGTH,
+    prepared_dir,
+    recipe_of,
+    training_workers,
+    without_times,
+    write_data,
+)
 
 from longrope2_ray.cli import main
 from longrope2_ray.errors import FencedError, RunDirError, StoppedError
@@ -45,7 +52,9 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def train(recipe: Recipe, folder: Path, observe: Any = None) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
+def train(
+    recipe: Recipe, folder: Path, observe: Any = None
+) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
     """Run to the end; logged steps as their files tell them, and the model's weights."""
     run_dir = RunDir(str(folder))
     job, train_dir, _ = prepare_training(recipe, run_dir)
@@ -71,7 +80,9 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
 
     folder = prepared_dir(tmp_path / "killed")
-    (tmp_path / "test.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    (tmp_path / "test.toml").write_text(
+        tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+    )
     command = [
         sys.executable,
         "-m",
@@ -82,7 +93,9 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
         str(folder),
     ]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for_step(folder, 10, lambda: first.poll() is None)
     orphans = training_workers(first.pid)
     first.kill()
@@ -93,8 +106,13 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     newest, older, *_ = Snapshots(str(folder / "train"), 0.0).found()
     flip_a_bit(max(Path(newest).glob("*.distcp"), key=lambda path: path.stat().st_size))
     (Path(newest).parent / "checkpoint_manager_snapshot.json").write_text("{")
-    steps = [json.loads(next(Path(place).glob("whole-*")).read_text())["step"] for place in (newest, older)]
-    written = {step: (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns for step in steps}
+    steps = [
+        json.loads(next(Path(place).glob("whole-*")).read_text())["step"]
+        for place in (newest, older)
+    ]
+    written = {
+        step: (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns for step in steps
+    }
 
     killed: list[int] = []
 
@@ -111,7 +129,9 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     assert killed
     for step in steps:
         again_at = (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns
-        assert (again_at == written[step]) is (step == steps[1]), "it did not go on from the older checkpoint"
+        assert (again_at == written[step]) is (step == steps[1]), (
+            "it did not go on from the older checkpoint"
+        )
     assert [without_times(row) for row in again] == [without_times(row) for row in rows]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -155,19 +175,28 @@ def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir:
                           ({"factors": "ntk"}, r"train\.factors|fingerprint of factors")):  # fmt: skip
         with pytest.raises(RunDirError, match=what):
             prepare_training(recipe_of(model_dir, max_steps=2, **changes), RunDir(str(folder)))
-    (folder / "train" / "run.json").write_text("{")  # torn: nothing says what the checkpoints are of
+    (folder / "train" / "run.json").write_text(
+        "{"
+    )  # torn: nothing says what the checkpoints are of
     with pytest.raises(RunDirError, match=r"holds steps/.* no readable run\.json"):
         prepare_training(recipe, RunDir(str(folder)))
-    _, _, resumed = prepare_training(recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder)))
+    _, _, resumed = prepare_training(
+        recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder))
+    )
     assert not resumed
 
 
 def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> None:
-    model, folder = save_tiny("mistral_windowed", tmp_path / "model"), RunDir(str(prepared_dir(tmp_path / "run")))
+    model, folder = (
+        save_tiny("mistral_windowed", tmp_path / "model"),
+        RunDir(str(prepared_dir(tmp_path / "run"))),
+    )
 
     def under(window: int) -> Recipe:
         recipe = recipe_of(model)
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"sliding_window": window})})
+        return recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"sliding_window": window})}
+        )
 
     assert not prepare_training(under(LENGTH), folder)[2]
     assert prepare_training(under(LENGTH), folder)[2]
@@ -181,8 +210,16 @@ def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> N
         ({}, False, "run longrope2 data first"),
         ({"factors": "winner"}, True, r"train\.factors.*longrope2 search first"),
         ({"factors": "nothing.json"}, True, r"train\.factors.*nothing\.json"),
-        ({"factors": "start.json"}, True, r"train\.factors.*keeps the original RoPE at the first 8 positions"),
-        ({"global_batch_size": 9}, True, r"train\.global_batch_size: expected at most the 8 segments"),
+        (
+            {"factors": "start.json"},
+            True,
+            r"train\.factors.*keeps the original RoPE at the first 8 positions",
+        ),
+        (
+            {"global_batch_size": 9},
+            True,
+            r"train\.global_batch_size: expected at most the 8 segments",
+        ),
         ({"sequence_parallel": 5}, True, r"train\.sequence_parallel"),
     ],
 )
@@ -203,7 +240,9 @@ def test_mistakes_are_named_before_anything_is_loaded(
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
-def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, model_dir: str) -> None:
+def test_what_will_not_mend_stops_the_command_with_its_reason(
+    tmp_path: Path, model_dir: str
+) -> None:
     """A worker's error does not start it over and over, and the next command may go on."""
     wild = recipe_of(model_dir, learning_rate=1e30, warmup_steps=0)
     job, train_dir, _ = prepare_training(wild, RunDir(str(prepared_dir(tmp_path))))
@@ -218,8 +257,12 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(tmp_path: Path, mo
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
-def test_a_newer_command_on_the_same_training_fences_the_older_one_off(tmp_path: Path, model_dir: str) -> None:
-    job, train_dir, _ = prepare_training(recipe_of(model_dir, max_steps=400), RunDir(str(prepared_dir(tmp_path))))
+def test_a_newer_command_on_the_same_training_fences_the_older_one_off(
+    tmp_path: Path, model_dir: str
+) -> None:
+    job, train_dir, _ = prepare_training(
+        recipe_of(model_dir, max_steps=400), RunDir(str(prepared_dir(tmp_path)))
+    )
     newer = RunDir(train_dir.url)
 
     def take_over(row: Mapping[str, Any]) -> None:
@@ -256,7 +299,9 @@ def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path
     place = tmp_path / "checkpoints"
     assert Snapshots(str(tmp_path), 0.0).found() == []
     old = make_checkpoint(place / "000001-a" / "checkpoint_2", 8)
-    new = make_checkpoint(place / "000002-b" / "checkpoint_1", 12)  # by its step, whatever the clock said
+    new = make_checkpoint(
+        place / "000002-b" / "checkpoint_1", 12
+    )  # by its step, whatever the clock said
     oldest = make_checkpoint(place / "000001-a" / "checkpoint_1", 4)
     unfinished = make_checkpoint(place / "000003-c" / "checkpoint_3", 16)
     (unfinished / "whole-00001-of-00002.json").unlink()
@@ -297,7 +342,9 @@ class FullDisk:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which a file ``full`` fills the disk that checkpoints go to."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # workers do not import the tests
     (tmp_path / "disk").mkdir()
     full = FullDisk(str(tmp_path / "disk"))
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (full, url))
@@ -333,14 +380,18 @@ def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Pat
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
-def test_a_training_waits_for_room_for_its_checkpoints(tmp_path: Path, model_dir: str, disk: Path) -> None:
+def test_a_training_waits_for_room_for_its_checkpoints(
+    tmp_path: Path, model_dir: str, disk: Path
+) -> None:
     recipe = recipe_of(model_dir, max_steps=12, checkpoint_steps=2, num_workers=2)
     refused: list[int] = []
 
     def fill(row: Mapping[str, Any]) -> None:
         if not refused:
             (disk / "full").touch()
-            while len(refused) < 4 and not (tmp_path / "waiting" / "train" / "result.json").exists():
+            while (
+                len(refused) < 4 and not (tmp_path / "waiting" / "train" / "result.json").exists()
+            ):
                 refused[:] = [1 for _ in disk.glob("refused-*")]
                 time.sleep(0.1)
             (disk / "full").unlink()
@@ -352,7 +403,9 @@ def test_a_training_waits_for_room_for_its_checkpoints(tmp_path: Path, model_dir
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_is_missing_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "debug", "--run-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -363,11 +416,15 @@ def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, capsys: py
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
-def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(tmp_path: Path, model_dir: str) -> None:
+def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(
+    tmp_path: Path, model_dir: str
+) -> None:
     for changes, message in (({"num_workers": 64}, r"train\.num_workers"),
                              ({"num_workers": 2, "global_batch_size": 3}, r"train\.global_batch_size")):  # fmt: skip
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        job, train_dir, _ = prepare_training(recipe_of(model_dir, **changes), RunDir(str(prepared_dir(folder))))
+        job, train_dir, _ = prepare_training(
+            recipe_of(model_dir, **changes), RunDir(str(prepared_dir(folder)))
+        )
         with pytest.raises(ValueError, match=message):
             run_training(job, train_dir, print)
     assert ray.is_initialized()

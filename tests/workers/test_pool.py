@@ -34,7 +34,9 @@ ONES = RescaleFactors([1.0, 1.0])
 
 @pytest.fixture(scope="module", autouse=True)
 def session():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # workers do not import the tests
     with ray_session():
         yield
 
@@ -63,7 +65,9 @@ class ToyScorer:
             return False
         return True
 
-    def score(self, needle_set: str, sample: int, values, attention_factor: float, start_tokens: int):
+    def score(
+        self, needle_set: str, sample: int, values, attention_factor: float, start_tokens: int
+    ):
         if self.broken:
             raise RuntimeError("uncorrectable ECC error")
         if needle_set == "slow":
@@ -86,7 +90,9 @@ class ToyScorer:
 def toy_pool(folder: Path, num_scorers: int = 2, start: str = "works", **settings) -> ScorerPool:
     remote = ray.remote(ToyScorer)
     return ScorerPool(
-        lambda name: remote.options(name=f"{folder.name}-{name}", num_cpus=0.1).remote(str(folder), start),
+        lambda name: remote.options(name=f"{folder.name}-{name}", num_cpus=0.1).remote(
+            str(folder), start
+        ),
         num_scorers,
         {"CPU": 0.1},
         ScorerSection(**settings),
@@ -114,14 +120,18 @@ def test_every_unit_comes_back_once_with_its_own_score(tmp_path):
     scores = drain(pool, 20)
     while pool.counts()["starting"]:
         pool.wait()
-    assert {sample: score.nll_sum for sample, score in scores.items()} == {s: float(s) for s in range(20)}
+    assert {sample: score.nll_sum for sample, score in scores.items()} == {
+        s: float(s) for s in range(20)
+    }
     assert {score.scorer for score in scores.values()} <= {"scorer-00", "scorer-01"}
     assert pool.counts() == {"starting": 0, "idle": 2, "busy": 0}
     pool.close()
 
 
 @pytest.mark.parametrize("misbehaviour", ["raises-once", "dies-once"])
-def test_a_unit_that_fails_once_is_requeued_and_the_others_are_not_disturbed(tmp_path, misbehaviour):
+def test_a_unit_that_fails_once_is_requeued_and_the_others_are_not_disturbed(
+    tmp_path, misbehaviour
+):
     pool = toy_pool(tmp_path, max_attempts=4)
     submit(pool, misbehaviour, 3)
     scores = drain(pool, 3)
@@ -134,7 +144,9 @@ def test_a_scorer_that_is_broken_is_replaced_and_does_not_fail_the_unit_again(tm
     pool = toy_pool(tmp_path, start="first-broken", max_attempts=2)
     while pool.counts()["idle"] < 2:
         pool.wait()
-    submit(pool, "slow", 6)  # the healthy one is busy while the broken one would fail one unit after another
+    submit(
+        pool, "slow", 6
+    )  # the healthy one is busy while the broken one would fail one unit after another
     assert sorted(drain(pool, 6)) == list(range(6))
     assert pool.losses()["requeued"] == 1
     pool.close()
@@ -163,7 +175,9 @@ def test_a_score_that_is_not_finite_is_recorded_without_a_number(tmp_path):
 
 
 @pytest.mark.parametrize("num_scorers", [1, 2])
-def test_a_score_is_out_only_if_a_second_opinion_agrees_and_who_was_wrong_is_replaced(tmp_path, num_scorers):
+def test_a_score_is_out_only_if_a_second_opinion_agrees_and_who_was_wrong_is_replaced(
+    tmp_path, num_scorers
+):
     pool = toy_pool(tmp_path, num_scorers)
     submit(pool, "plain", 4)
     drain(pool, 4)
@@ -271,7 +285,10 @@ def test_what_ray_says_about_memory_is_memory():
                   "The actor died.\n\tclass_name: Scorer\nThe actor is dead because its worker process has died. "
                   "Worker exit type: NODE_OUT_OF_MEMORY"):  # fmt: skip
         assert "scorer.mlp_chunk_tokens" in decide("died", words, 3, 3)[1]
-    assert "memory" not in decide("died", "The actor died unexpectedly before finishing this task.", 3, 3)[1]
+    assert (
+        "memory"
+        not in decide("died", "The actor died unexpectedly before finishing this task.", 3, 3)[1]
+    )
 
 
 def test_decisions_are_retry_until_attempts_are_used_up():
@@ -284,7 +301,9 @@ def test_capacity_counts_whole_scorers():
     assert capacity([{"CPU": 8, "GPU": 3}], {"CPU": 1, "GPU": 2}) == 1
     assert capacity([{"CPU": 2}], {"CPU": 1, "GPU": 0}) == 2
     assert capacity([{"CPU": 2}], {"CPU": 1, "GPU": 1}) == 0
-    assert capacity([{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], {"CPU": 2, "GPU": 0}) == 3  # and not 9 / 2
+    assert (
+        capacity([{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], {"CPU": 2, "GPU": 0}) == 3
+    )  # and not 9 / 2
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2}) == {"CPU": 1, "GPU": 0}
     assert scorer_resources(ScorerSection(), "auto", {"CPU": 2, "GPU": 8}) == {"CPU": 1, "GPU": 1}
 
@@ -293,7 +312,9 @@ def test_a_scorer_that_fits_no_machine_is_refused():
     prepared = search_job.prepare(load_recipe("debug"))
     huge = replace(prepared, spec=replace(prepared.spec, num_parameters=10**12))
     with (
-        pytest.raises(ValueError, match=r"scorer: expected 3\d{3}\.\d GiB .* the largest machine has"),
+        pytest.raises(
+            ValueError, match=r"scorer: expected 3\d{3}\.\d GiB .* the largest machine has"
+        ),
         search_job.scorer_pool(huge),
     ):
         pass
@@ -301,14 +322,19 @@ def test_a_scorer_that_fits_no_machine_is_refused():
 
 def test_a_scorer_that_fits_no_gpu_of_the_cluster_is_refused_where_their_kind_is_known(monkeypatch):
     prepared = search_job.prepare(load_recipe("debug"))
-    huge = replace(prepared, spec=replace(prepared.spec, num_parameters=30 * 10**9))  # 112 GiB in float32
+    huge = replace(
+        prepared, spec=replace(prepared.spec, num_parameters=30 * 10**9)
+    )  # 112 GiB in float32
     nodes = [
         {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1},
         {"CPU": 8, "GPU": 8, "accelerator_type:L40S": 1},
         {"CPU": 4},
     ]
     monkeypatch.setattr("longrope2_ray.workers.resources.node_resources", lambda: nodes)
-    with pytest.raises(ValueError, match=r"scorer: expected about 11\d\.\d GiB .* the largest has 74\.0 GiB \(h100\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"scorer: expected about 11\d\.\d GiB .* the largest has 74\.0 GiB \(h100\)",
+    ):
         search_job._require_gpu_memory(huge)
     search_job._require_gpu_memory(prepared)
     spread = prepared.recipe.model_copy(update={"scorer": ScorerSection(gpus_per_scorer=2)})
@@ -352,7 +378,13 @@ def test_kill_9_of_a_scorer_costs_its_unit_and_not_the_run(tmp_path, undisturbed
                 killed.append(name)
 
         SearchRun(
-            prepared.recipe, prepared.spec.geometry, prepared.num_tokens, place, pool, prepared.fingerprints, [kill_one]
+            prepared.recipe,
+            prepared.spec.geometry,
+            prepared.num_tokens,
+            place,
+            pool,
+            prepared.fingerprints,
+            [kill_one],
         ).run()
         names = set(pool.process_ids())
     assert (tmp_path / "run" / "winner.json").read_bytes() == undisturbed
@@ -365,7 +397,9 @@ def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(tmp_path, undist
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "longrope2_ray", "search", "debug", "--run-dir", str(run_dir)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     began = time.monotonic()
     while len(RunDir(str(run_dir)).load_scores()) < 12:
         assert first.poll() is None, "the run ended before it could be killed"
@@ -375,14 +409,20 @@ def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(tmp_path, undist
     first.wait()
     kept = RunDir(str(run_dir)).load_scores()
     assert not (run_dir / "winner.json").exists()
-    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    second = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert second.returncode == 0, second.stderr[-2000:]
     assert "resuming" in second.stderr
     assert (run_dir / "winner.json").read_bytes() == undisturbed
     ledger = RunDir(str(run_dir)).load_scores()
-    assert all(ledger[key] == score for key, score in kept.items()), "a kept score was computed again"
+    assert all(ledger[key] == score for key, score in kept.items()), (
+        "a kept score was computed again"
+    )
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
-    third = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    third = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert third.returncode == 0
     assert "nothing was changed" in third.stdout
     assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
