@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ class Server:
                 assert match, variable["query"]
                 selector, label = substitute(match[1], values), match[2]
                 found = until(
-                    lambda: self.get(f"label/{label}/values", **{"match[]": selector}), selector
-                )  # noqa: B023
+                    partial(self.get, f"label/{label}/values", **{"match[]": selector}), selector
+                )
                 values[variable["name"]] = "|".join(found)
         return values
 
