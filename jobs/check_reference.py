@@ -1,19 +1,20 @@
-"""What the reference model can do, on held-out text and keys that training never saw.
+"""Print what the reference model can do, on held-out text and keys that training never saw.
 
 python jobs/check_reference.py [--model bundled:reference] [--samples 40]
 """
 
 import argparse
 import random
-import zlib
 
 from longrope2_ray.model.loading import load_model, load_tokenizer
-from longrope2_ray.model.spec import read_spec
+from longrope2_ray.model.spec import read_shape
+from longrope2_ray.recipe.model import ModelSection
 from longrope2_ray.rope.baselines import baseline, su_attention_factor
 from longrope2_ray.search.scorer import NeedleScorer
 from longrope2_ray.search.scores import perplexity
 from longrope2_ray.tasks.books import load_books
 from longrope2_ray.tasks.needle import NeedleSample, build_sample, draw_key, draw_value
+from longrope2_ray.tasks.retrieval import seen_in_training
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METHODS = ("unscaled", "pi", "ntk-aware", "ntk", "llama3", "yarn", "longrope2")
@@ -23,9 +24,10 @@ class Check:
     """Scores unseen keys in held-out text at any length, depth and scaling."""
 
     def __init__(self, path: str, threads: int | None = None):
-        self.spec = read_spec(path)
-        self.tokenizer = load_tokenizer(path)
-        self.scorer = NeedleScorer(load_model(path, device="cpu", threads=threads), self.spec)
+        section = ModelSection(path=path, dtype="float32", device="cpu")
+        self.shape = read_shape(section)
+        self.tokenizer = load_tokenizer(section)
+        self.scorer = NeedleScorer(load_model(section, threads=threads), self.shape)
         ids = [
             self.tokenizer.encode(b.text, add_special_tokens=False)
             for b in load_books(["bundled:report"])
@@ -33,12 +35,12 @@ class Check:
         self.books = ids
 
     def samples(self, length: int, depth: float, count: int, seed: int = 7) -> list[NeedleSample]:
-        """``count`` documents whose keys were kept out of training."""
+        """Draw ``count`` documents whose keys were kept out of training."""
         rng = random.Random(f"{seed}/{length}/{depth}")
         made = []
         while len(made) < count:
             key = draw_key(rng)
-            if zlib.crc32(key.encode()) % 4 == 0:  # the share that jobs/pretrain.py leaves out
+            if not seen_in_training(key):
                 book = self.books[len(made) % len(self.books)]
                 start = rng.randrange(len(book) - length)
                 text = book[start : start + length]
@@ -57,13 +59,10 @@ class Check:
     def score(
         self, method: str, length: int, depth: float, count: int, attention_factor: float = 1.0
     ):
-        """(needle perplexity, accuracy) of a method without any tuning."""
-        target = max(length, self.spec.original_length + 1)
-        vector = baseline(method, self.spec.geometry, target, attention_factor=attention_factor)
-        scores = [
-            self.scorer.score(s, vector.values, vector.attention_factor)
-            for s in self.samples(length, depth, count)
-        ]
+        """Return needle perplexity and accuracy of a method without any tuning."""
+        target = max(length, self.shape.original_length + 1)
+        vector = baseline(method, self.shape.geometry, target, attention_factor=attention_factor)
+        scores = [self.scorer.score(s, vector) for s in self.samples(length, depth, count)]
         ppl = perplexity(sum(s.nll_sum for s in scores), sum(s.num_tokens for s in scores))
         return ppl, sum(s.correct for s in scores) / count
 
@@ -77,9 +76,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     check = Check(args.model, args.threads)
-    window = check.spec.original_length
+    window = check.shape.original_length
     print(
-        f"{args.samples} samples a cell; perplexity of the answer / share of answers exactly right\n"
+        f"{args.samples} samples a cell; perplexity of the answer / "
+        f"share of answers exactly right\n"
     )
     print(f"| length {window}, unscaled | " + " | ".join(f"depth {d:g}" for d in DEPTHS) + " |")
     print("|---|" + "---|" * len(DEPTHS))
@@ -88,7 +88,8 @@ def main() -> None:
     for ratio in (4, 8):
         su = su_attention_factor(ratio, window)
         print(
-            f"| {ratio} x L0, needle at the start | attention factor 1 | attention factor {su:.3f} (su) |"
+            f"| {ratio} x L0, needle at the start | attention factor 1 | "
+            f"attention factor {su:.3f} (su) |"
         )
         print("|---|---|---|")
         for method in METHODS:

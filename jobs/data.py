@@ -1,4 +1,7 @@
-"""Training data as a Ray job: ray job submit --working-dir . -- python jobs/data.py RECIPE.toml [--run-dir DIR_OR_URL]."""
+"""The making of training data as a Ray job.
+
+ray job submit --working-dir . -- python jobs/data.py RECIPE.toml [--run-dir DIR_OR_URL]
+"""
 
 import sys
 

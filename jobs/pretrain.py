@@ -1,9 +1,10 @@
-"""Train the reference model from nothing: a small Llama that retrieves needles inside its window, and its tokenizer.
+"""Train the reference model: a small Llama that retrieves needles inside its window.
 
     python jobs/pretrain.py --out longrope2_ray/assets/reference
 
-Public-domain text (``jobs/pretrain_text``) mixed with retrieval documents in the needle format. 2 CPU cores are enough;
-the model card that it writes says how long it took and what the model can do.
+Its tokenizer is trained too. The data are the bundled pre-training texts, in the public domain,
+mixed with retrieval documents in the needle format. 2 CPU cores are enough; the model card says how
+long it took and what the model can do.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import math
 import random
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from longrope2_ray.tasks.books import load_books
 from longrope2_ray.tasks.needle import INSTRUCTION, NEEDLE, QUESTION, draw_key, draw_value
+from longrope2_ray.tasks.retrieval import seen_in_training
 
-TEXT = Path(__file__).parent / "pretrain_text"
 IGNORE = -100
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with every digit a token of its own."""
+    """Train byte-level BPE with every digit a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -49,13 +49,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def seen_in_training(key: str) -> bool:
-    """Three keys of four; the fourth is kept for the check at the end."""
-    return zlib.crc32(key.encode()) % 4 != 0
-
-
 class Documents:
-    """Rows of exactly ``window`` tokens with the weight of each token in the loss."""
+    """Draws rows of exactly ``window`` tokens, with the weight of each token in the loss."""
 
     def __init__(
         self,
@@ -65,7 +60,9 @@ class Documents:
         full_share: float,
         seed: int,
     ):
-        self.tokenizer, self.window, self.full_share = tokenizer, window, full_share
+        self.tokenizer = tokenizer
+        self.window = window
+        self.full_share = full_share
         self.rng = random.Random(seed)
         pieces = [text[i : i + 200_000] for text in texts for i in range(0, len(text), 200_000)]
         ids = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
@@ -80,7 +77,7 @@ class Documents:
         return self.stream[start : start + num_tokens].tolist()
 
     def retrieval(self, length: int) -> tuple[list[int], list[float]]:
-        """One document with one to three needles at random depths, then one question; the answer counts twice."""
+        """Draw one document: one to three needles, then one question; its answer counts twice."""
         rng, pairs = self.rng, []
         for _ in range(rng.choice((1, 1, 2, 3))):
             while not seen_in_training(key := draw_key(rng)):
@@ -121,7 +118,7 @@ class Documents:
         return ids + new_ids, weights + new_weights
 
     def copying(self) -> tuple[list[int], list[float]]:
-        """A random sequence said twice or more: what retrieval is learnt from."""
+        """Draw a random sequence, repeated to the window's end: retrieval is learned from it."""
         period = self.rng.randrange(8, self.window // 2)
         block = [self.rng.randrange(2, len(self.tokenizer)) for _ in range(period)]
         repeats = math.ceil(self.window / period)
@@ -129,7 +126,7 @@ class Documents:
         return (block * repeats)[: self.window], weights
 
     def batch(self, rows: int, copying: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) token ids and (B, T) loss weights."""
+        """Draw (B, T) token ids and (B, T) loss weights; ``copying`` is the share of such rows."""
         made = []
         for _ in range(rows):
             if self.rng.random() < copying:
@@ -145,7 +142,7 @@ class Documents:
         return torch.tensor([m[0] for m in made]), torch.tensor([m[1] for m in made])
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,7 +156,7 @@ def main() -> None:
         "--full-share",
         type=float,
         default=0.08,
-        help="share of retrieval documents as long as the window; rare, as long dependencies are in real pre-training",
+        help="share of retrieval documents as long as the window; rare, as in real pre-training",
     )
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
@@ -172,49 +169,54 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a fifth faster, needs a C++ compiler"
     )
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    return parser.parse_args()
 
-    texts = [book.text for book in load_books([str(TEXT)])]
-    tokenizer = (
-        AutoTokenizer.from_pretrained(args.init)
-        if args.init
-        else train_tokenizer(texts, args.vocab)
-    )
-    documents = Documents(tokenizer, texts, args.window, args.full_share, args.seed)
+
+def build_model(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> LlamaForCausalLM:
+    """Make a new model of the given size, or load the one to go on with."""
+    if arguments.init:
+        return LlamaForCausalLM.from_pretrained(arguments.init)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        intermediate_size=512 * args.hidden // 192,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
+        hidden_size=arguments.hidden,
+        intermediate_size=512 * arguments.hidden // 192,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=arguments.hidden // 64,
         head_dim=64,
-        max_position_embeddings=args.window,
+        max_position_embeddings=arguments.window,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM.from_pretrained(args.init) if args.init else LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def build_optimizer(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
+    """Make AdamW with weight decay on matrices only."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.95),
-    )
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
+def train(arguments: argparse.Namespace, model: LlamaForCausalLM, documents: Documents) -> None:
+    """Train with a cosine schedule; prints a line every 50 steps, saves every 250."""
+    optimizer = build_optimizer(model, arguments.lr)
+    token_losses = torch.compile(per_token_losses) if arguments.compile else per_token_losses
     warmup = 100
-    token_losses = torch.compile(per_token_losses) if args.compile else per_token_losses
     began = time.time()
-    for step in range(args.steps):
-        progress = step / args.steps
-        rate = min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    for step in range(arguments.steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
+        rate = min((step + 1) / warmup, 0.02 + 0.98 * cosine)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        copying = 0.7 * (1 - step / args.copying_steps) if step < args.copying_steps else 0.0
-        ids, weights = documents.batch(args.batch, copying=copying)
+            group["lr"] = arguments.lr * rate
+        fading = step < arguments.copying_steps
+        copying = 0.7 * (1 - step / arguments.copying_steps) if fading else 0.0
+        ids, weights = documents.batch(arguments.batch, copying=copying)
         losses = token_losses(model, ids)
         target_weights = weights[:, 1:].flatten()
         loss = (losses * target_weights).sum() / target_weights.sum()
@@ -222,19 +224,21 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == args.steps - 1:
+        if step % 50 == 0 or step == arguments.steps - 1:
             answers = losses[target_weights == 2.0]
-            answer_loss = answers.mean().item() if len(answers) else math.nan
-            seconds = time.time() - began
-            print(json.dumps({"step": step, "loss": round(loss.item(), 4), "answer_loss": round(answer_loss, 4),
-                              "seconds": round(seconds)}), flush=True)  # fmt: skip
+            line = {
+                "step": step,
+                "loss": round(loss.item(), 4),
+                "answer_loss": round(answers.mean().item() if len(answers) else math.nan, 4),
+                "seconds": round(time.time() - began),
+            }
+            print(json.dumps(line), flush=True)
         if step % 250 == 249:
-            save(model, tokenizer, args.out)
-    save(model, tokenizer, args.out)
+            save(model, documents.tokenizer, arguments.out)
 
 
 def per_token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) token ids to the loss of every token but the first of its row, flat."""
+    """Return the loss of every token but the first of its row, flat, for (B, T) token ids."""
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
@@ -244,6 +248,21 @@ def per_token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads)
+    texts = [book.text for book in load_books(["bundled:pretraining"])]
+    if arguments.init:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.init)
+    else:
+        tokenizer = train_tokenizer(texts, arguments.vocab)
+    documents = Documents(tokenizer, texts, arguments.window, arguments.full_share, arguments.seed)
+    model = build_model(arguments, tokenizer)
+    train(arguments, model, documents)
+    save(model, tokenizer, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A search as a Ray job: ray job submit --working-dir . -- python jobs/search.py RECIPE.toml [--run-dir DIR_OR_URL]."""
+"""A search as a Ray job.
+
+ray job submit --working-dir . -- python jobs/search.py RECIPE.toml [--run-dir DIR_OR_URL]
+"""
 
 import sys
 

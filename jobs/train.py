@@ -1,4 +1,7 @@
-"""Training as a Ray job: ray job submit --working-dir . -- python jobs/train.py RECIPE.toml [--run-dir DIR_OR_URL]."""
+"""A training as a Ray job.
+
+ray job submit --working-dir . -- python jobs/train.py RECIPE.toml [--run-dir DIR_OR_URL]
+"""
 
 import sys
 

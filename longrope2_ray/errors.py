@@ -2,19 +2,19 @@
 
 
 class StoppedError(RuntimeError):
-    """A run that cannot go on; what is committed stays, the message names the recipe field to change."""
+    """A run cannot go on; what is committed stays, the message names the recipe field to change."""
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message has a line for each mistake."""
+    """A recipe cannot be used; the message has a line for each mistake."""
 
 
 class RunDirError(ValueError):
-    """A run directory that cannot be used; the message says what to do."""
+    """A run directory cannot be used; the message says what to do."""
 
 
 class CorruptFileError(RunDirError):
-    """A file whose checksum does not match: torn, truncated or edited."""
+    """A file's checksum does not match: it is torn, truncated or edited."""
 
 
 class FencedError(StoppedError):

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,22 +64,39 @@ def misbehaving(folder: str) -> None:
     """Put scorers and storage that misbehave on order in place of the real ones, which they otherwise are."""
     import ray
 
-    from longrope2_ray.storage import rundir
-    from longrope2_ray.workers import pool
+    from longrope2_ray.search import job
+    from longrope2_ray.search.job import ScorerSetup
+    from longrope2_ray.storage.files import Files
 
-    ray.cloudpickle.register_pickle_by_value(
-        sys.modules[__name__]
-    )  # workers do not import the tests
-    real_scorer: Any = pool.Scorer
-    real_dir: Any = rundir.RunDir
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers import no tests
+    write_once: Any = Files._write_once
+    away = {"away": ConnectionError("no route to storage"), "full": OSError(28, "no space")}
 
-    class Scorer(real_scorer):
-        def ready(self) -> None:
-            if take(folder, "load-fails"):
-                raise OSError("a disk that cannot be read")
-            super().ready()
+    def misbehaving_write(self: Any, target: Any, data: bytes) -> None:
+        if take(folder, "slow"):
+            time.sleep(3)
+        for fault, error in away.items():
+            if take(folder, fault):
+                raise error
+        write_once(self, target, data)
 
-        def score(self, *unit: Any) -> Any:
+    Files._write_once = misbehaving_write  # type: ignore[method-assign]
+    job.ScorerSetup = lambda *arguments: MisbehavingSetup(folder, ScorerSetup(*arguments))  # type: ignore[misc, assignment]
+
+
+class MisbehavingSetup:
+    """Sets up a scorer that misbehaves on order."""
+
+    def __init__(self, folder: str, setup: Any):
+        self._folder, self._setup = folder, setup
+
+    def __call__(self, num_gpus: int) -> Callable[[Any], Any]:
+        folder = self._folder
+        if take(folder, "load-fails"):
+            raise OSError("a disk that cannot be read")
+        score = self._setup(num_gpus)
+
+        def misbehaving(unit: Any) -> Any:
             if take(folder, LINGERS):
                 time.sleep(1)
             if take(folder, "hangs"):
@@ -87,22 +105,10 @@ def misbehaving(folder: str) -> None:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if take(folder, "out-of-memory"):
                 raise RuntimeError("CUDA out of memory. Tried to allocate 31 GiB")
-            nll, *rest = super().score(*unit)
-            return (float("nan") if take(folder, "nan") else nll, *rest)
+            result = score(unit)
+            return replace(result, nll_sum=float("nan")) if take(folder, "nan") else result
 
-    class RunDir(real_dir):
-        def _write_once(self, target: Any, data: bytes) -> None:
-            if take(folder, "slow"):
-                time.sleep(3)
-            for fault, error in (
-                ("away", ConnectionError("no route to storage")),
-                ("full", OSError(28, "no space")),
-            ):
-                if take(folder, fault):
-                    raise error
-            super()._write_once(target, data)
-
-    pool.Scorer, rundir.RunDir = Scorer, RunDir  # type: ignore[misc]
+        return misbehaving
 
 
 def skew_clock(seconds: float) -> None:
@@ -343,20 +349,18 @@ def outcome(run_dir: Path | str) -> dict[str, bytes]:
     }
 
 
-Units = list[tuple[str, str, int]]
+Units = list[tuple[str, str]]
 
 
 def committed(
     run_dir: Path | str, known: dict[str, Units] | None = None
-) -> Counter[tuple[str, str, int]]:
+) -> Counter[tuple[str, str]]:
     """How often each unit stands in the ledger's whole segments; those in ``known`` are not read again."""
     place, known = run_dir_of(run_dir), {} if known is None else known
     names = place.names("scores")
     for name in names:
         if name not in known and (body := place.read_or_skip(name)):
-            known[name] = [
-                (row["vector_id"], row["needle_set"], row["sample"]) for row in body["rows"]
-            ]
+            known[name] = [(row["vector_id"], row["sample_id"]) for row in body["rows"]]
     return Counter(unit for name in names for unit in known.get(name, []))
 
 
@@ -367,9 +371,12 @@ def scored_by(run_dir: Path | str) -> set[str]:
     return {row["scorer"] for body in bodies if body for row in body["rows"]}
 
 
-def losses(run_dir: Path | str) -> Counter[str]:
+def faults(run_dir: Path | str) -> Counter[str]:
     """What the newest status says was lost and mended."""
-    return Counter((run_dir_of(run_dir).status() or {}).get("losses", {}))
+    from longrope2_ray.search.status import read_status
+
+    status = read_status(run_dir_of(run_dir))
+    return Counter(status.faults if status else {})
 
 
 def claims(run_dir: Path | str) -> dict[str, dict[str, Any]]:

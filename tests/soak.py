@@ -63,7 +63,7 @@ class Search:
         self.place = f"s3://{BUCKET}/{folder.name}" if server else str(folder / "run")
         self.known: dict[str, Units] = {}
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
-        self.seen: Counter[tuple[str, str, int]] = Counter()
+        self.seen: Counter[tuple[str, str]] = Counter()
         self.damaged: list[str] = []
         self.wrong_ends: list[str] = []  # of terminated drivers: exit code and what they said
         self.starts = 0

@@ -31,8 +31,8 @@ from chaos import (
     claims,
     committed,
     damage,
+    faults,
     kill_tree,
-    losses,
     outcome,
     scored_by,
     start_driver,
@@ -178,10 +178,10 @@ def test_a_node_is_lost_and_another_joins_late(
     costs = (
         ["preemptions"] if notice else ["deaths", "requeued"]
     )  # with notice a scorer may leave between two units
-    wait_until(lambda: losses(run.place)[costs[0]] > 0, "the driver has seen it", seconds=100)
+    wait_until(lambda: faults(run.place)[costs[0]] > 0, "the driver has seen it", seconds=100)
     run.chaos.end(LINGERS)
     assert run.finish(driver) == undisturbed
-    assert min(losses(run.place)[cost] for cost in costs) >= 1, losses(run.place)
+    assert min(faults(run.place)[cost] for cost in costs) >= 1, faults(run.place)
 
 
 @pytest.mark.long
@@ -200,7 +200,7 @@ def test_a_node_that_joins_a_running_search_takes_part(
     assert not run.ended
     run.chaos.end(LINGERS)
     assert run.finish(driver) == undisturbed
-    assert not losses(run.place).total(), "it is in another one's place"
+    assert not faults(run.place).total(), "it is in another one's place"
 
 
 @pytest.mark.long
@@ -328,11 +328,11 @@ def test_a_worker_that_is_stopped_gives_notice(run: Run, undisturbed: dict[str, 
     node = run.cluster.node_id(run.cluster.nodes[0])
     hook = as_in_a_pod(pre_stop("worker"), run.folder, run.cluster.address, ray=f"--node-id={node}")
     wait_until(
-        lambda: losses(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60
+        lambda: faults(run.place)["preemptions"] == 1, "the driver has seen the notice", seconds=60
     )
     assert hook.poll() is None, "the pod waits for what runs in it"
     assert run.cluster.nodes[0].poll() is None
-    assert not losses(run.place)["requeued"]
+    assert not faults(run.place)["requeued"]
     kill_tree(hook)
     run.cluster.lose_node(0)
     run.chaos.end(LINGERS)

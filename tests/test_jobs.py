@@ -90,7 +90,7 @@ def test_a_submitted_job_gives_the_same_winner_as_the_command(head, tmp_path):
 @pytest.mark.timeout(900)
 def test_submitted_jobs_pack_the_same_data_and_train_the_same_model_as_the_commands(head, tmp_path):
     recipe = tomllib.loads((ROOT / "jobs" / "recipes" / "demo.toml").read_text())
-    recipe["data"]["sources"].pop()  # another command makes it
+    recipe["data"]["sources"].pop()  # two sources for two bands
     for band, source in zip(recipe["data"]["bands"], recipe["data"]["sources"], strict=True):
         band.update(tokens=20_000, sources=[source["name"]])
     recipe["train"].update(factors="yarn", max_steps=4, checkpoint_steps=2, global_batch_size=2)

@@ -10,12 +10,12 @@ from longrope2_ray.model.costs import (
     step_flops,
     training_memory_bytes,
 )
-from longrope2_ray.plan import RACED_OUT, format_plan, plan
+from longrope2_ray.plan import SAVED_BY_RACING, format_plan, plan
 from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
-from longrope2_ray.recipe.sections import ShapeSection
 
-SHAPE = ShapeSection(
+SHAPE = ModelShape(
     hidden_size=64,
     intermediate_size=128,
     num_layers=2,
@@ -34,7 +34,7 @@ def recipe(search: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         "target_length": 1024,
         "population_size": 16,
         "iterations": 3,
-        "num_children": 8,
+        "num_offspring": 8,
         "top_k": 4,
     }
     return Recipe(
@@ -56,8 +56,8 @@ def test_parameters_equal_those_of_the_model_but_for_the_norms() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=100, tie_word_embeddings=False,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=100, tie_word_embeddings=False,
     )  # fmt: skip
     weights = dict(LlamaForCausalLM(config).named_parameters())
     assert num_parameters(SHAPE) == sum(
@@ -80,11 +80,11 @@ def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
         SHAPE,
         "h100",
     )
-    assert cost["candidates"] == 16 + 3 * 8
-    assert cost["units"] == 40 * 5
-    assert cost["passes_most"] == 200 + 2 * 3
-    assert cost["passes_likely"] == round(200 * (1 - RACED_OUT)) + 2 * 3
-    assert cost["gpu_hours_likely"] < cost["gpu_hours_most"]
+    assert cost.candidates == 16 + 3 * 8
+    assert cost.units == 40 * 5
+    assert cost.passes_most == 200 + 2 * 3
+    assert cost.passes_likely == round(200 * (1 - SAVED_BY_RACING)) + 2 * 3
+    assert cost.gpu_hours_likely < cost.gpu_hours_most
 
 
 def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
@@ -95,23 +95,23 @@ def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
         "attention_factors": [1.0, "su", "yarn"],
     }
     cost = plan(recipe(report=sections), SHAPE, "h100")
-    assert cost["passes_most"] - cost["units"] == 2 * 3 * 3
+    assert cost.passes_most - cost.units == 2 * 3 * 3
 
 
 def test_without_racing_every_unit_is_likely() -> None:
     cost = plan(recipe({"racing": "off"}), SHAPE, "h100")
-    assert cost["passes_likely"] == cost["passes_most"]
+    assert cost.passes_likely == cost.passes_most
 
 
 def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
-    cost = plan(recipe(), SHAPE, "a100-80gb", utilisation=0.5)
+    cost = plan(recipe(), SHAPE, "a100-80gb", utilization=0.5)
     seconds = (
-        cost["passes_most"]
-        * cost["pass_pflop"]["total"]
+        cost.passes_most
+        * cost.pass_pflop["total"]
         * 1e15
         / (ACCELERATORS["a100-80gb"].tflops * 1e12 * 0.5)
     )
-    assert cost["gpu_hours_most"] == pytest.approx(seconds / 3600)
+    assert cost.gpu_hours_most == pytest.approx(seconds / 3600)
 
 
 def test_flops_of_the_run_are_those_of_every_pass() -> None:
@@ -120,15 +120,13 @@ def test_flops_of_the_run_are_those_of_every_pass() -> None:
         SHAPE,
         "h100",
     )
-    one = cost["pass_pflop"]["total"]
+    one = cost.pass_pflop["total"]
     report = [pass_flops(SHAPE, length)["total"] / 1e15 for length in (512, 2048)]
-    each = (cost["passes_most"] - cost["units"]) / 2
-    assert cost["pflop_most"] == pytest.approx(cost["units"] * one + each * sum(report))
-    raced_out = cost["passes_most"] - cost["passes_likely"]
-    assert cost["pflop_most"] - cost["pflop_likely"] == pytest.approx(raced_out * one)
-    said = (
-        f"FLOPs            {cost['pflop_most']:.4g} PFLOP at most, about {cost['pflop_likely']:.4g}"
-    )
+    each = (cost.passes_most - cost.units) / 2
+    assert cost.pflop_most == pytest.approx(cost.units * one + each * sum(report))
+    saved = cost.passes_most - cost.passes_likely
+    assert cost.pflop_most - cost.pflop_likely == pytest.approx(saved * one)
+    said = f"FLOPs            {cost.pflop_most:.4g} PFLOP at most, about {cost.pflop_likely:.4g}"
     assert said in format_plan(cost).splitlines()
 
 
@@ -156,12 +154,12 @@ def test_a_model_that_is_too_large_does_not_fit_until_it_is_spread() -> None:
         update={"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80}
     )
     alone = plan(recipe(), big, "h100")
-    assert not alone["fits"]
+    assert not alone.fits
     assert "DOES NOT FIT" in format_plan(alone)
     spread = plan(recipe(scorer={"gpus_per_scorer": 4}), big, "h100")
-    assert spread["fits"]
-    assert spread["gpu_hours_most"] == pytest.approx(
-        4 * alone["gpu_hours_most"]
+    assert spread.fits
+    assert spread.gpu_hours_most == pytest.approx(
+        4 * alone.gpu_hours_most
     )  # three wait while one works
 
 
@@ -176,10 +174,10 @@ def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_s
         "h100",
     )
     assert need["total"] / 8 / 2**30 < ACCELERATORS["h100"].memory_gib < need["activations"] / 2**30
-    assert not eight["fits"]
+    assert not eight.fits
     shared = SHAPE.model_copy(update={"num_parameters": 12 * 2**30})  # 24 GiB of weights on 74
-    assert plan(recipe(scorer={"gpus_per_scorer": 0.5}), shared, "h100")["fits"]
-    assert not plan(recipe(scorer={"gpus_per_scorer": 0.25}), shared, "h100")["fits"]
+    assert plan(recipe(scorer={"gpus_per_scorer": 0.5}), shared, "h100").fits
+    assert not plan(recipe(scorer={"gpus_per_scorer": 0.25}), shared, "h100").fits
 
 
 def test_weights_that_are_known_are_not_estimated() -> None:
@@ -193,8 +191,8 @@ def test_weights_that_are_known_are_not_estimated() -> None:
 
 def test_llama3_8b_by_its_shape() -> None:
     shape = SHAPE.model_copy(
-        update={"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
-                "head_dim": 128, "vocab_size": 128256}
+        update={"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
+                "num_kv_heads": 8, "head_dim": 128, "vocab_size": 128256}
     )  # fmt: skip
     assert num_parameters(shape) == pytest.approx(8_030_261_248, rel=1e-3)
 
@@ -202,27 +200,27 @@ def test_llama3_8b_by_its_shape() -> None:
 def test_the_text_names_the_numbers() -> None:
     cost = plan(recipe(), SHAPE, "h100")
     text = format_plan(cost)
-    for number in (cost["candidates"], cost["units"], cost["passes_most"], cost["passes_likely"]):
+    for number in (cost.candidates, cost.units, cost.passes_most, cost.passes_likely):
         assert str(number) in text
-    for part in cost["scorer_memory_gib"]:
+    for part in cost.scorer_memory_gib:
         assert part in text
 
 
 @pytest.mark.parametrize(
-    ("changed", "accelerator", "utilisation", "field"),
+    ("changed", "accelerator", "utilization", "field"),
     [
         ({}, "h1000", 0.4, "--accelerator"),
-        ({}, "h100", 0.0, "--utilisation"),
-        ({}, "h100", 1.1, "--utilisation"),
+        ({}, "h100", 0.0, "--utilization"),
+        ({}, "h100", 1.1, "--utilization"),
         ({"critical_dims": [1, 8]}, "h100", 0.4, "search.critical_dims"),
         ({"population_size": 2, "top_k": 2}, "h100", 0.4, "search.population_size"),
     ],
 )
 def test_what_a_search_would_refuse_is_refused(
-    changed: dict[str, Any], accelerator: str, utilisation: float, field: str
+    changed: dict[str, Any], accelerator: str, utilization: float, field: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected"):
-        plan(recipe(changed), SHAPE, accelerator, utilisation)
+        plan(recipe(changed), SHAPE, accelerator, utilization)
 
 
 def test_a_target_not_above_the_models_own_length_is_refused() -> None:
@@ -234,7 +232,7 @@ def test_a_target_not_above_the_models_own_length_is_refused() -> None:
         plan(recipe(), longer, "h100")
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------- training
 
 DATA = {
     "sources": [{"name": "a", "path": ["x"]}],
@@ -244,10 +242,10 @@ DATA = {
 
 
 def test_training_is_planned_where_there_is_data_only() -> None:
-    assert plan(recipe(), SHAPE, "h100")["training"] is None
-    cost = plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100")["training"]
-    assert (cost["segments"], cost["steps"], cost["trained_tokens"]) == (30, 7, 7 * 4 * 1024)
-    assert cost["tokens"] == 30_720
+    assert plan(recipe(), SHAPE, "h100").training is None
+    cost = plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100").training
+    assert (cost.segments, cost.steps, cost.trained_tokens) == (30, 7, 7 * 4 * 1024)
+    assert cost.tokens == 30_720
     assert "training         7 steps" in format_plan(
         plan(recipe(data=DATA, train={"global_batch_size": 4}), SHAPE, "h100")
     )
@@ -266,7 +264,7 @@ def test_a_training_steps_flops_are_three_forward_passes() -> None:
 def test_memory_of_training_8b_at_128k_is_what_others_need(
     workers: int, degree: int, gib: float
 ) -> None:
-    """60 GB a GPU on 64 of them, 26 GB on 8 with sequence parallelism over all, as measured elsewhere."""
+    """Measured elsewhere: 60 GB on each of 64 GPUs, 26 GB on each of 8 that share a segment."""
     chosen = load_recipe(
         "llama3_8b_128k", [f"--train.num-workers={workers}", f"--train.sequence-parallel={degree}"]
     )
@@ -276,7 +274,7 @@ def test_memory_of_training_8b_at_128k_is_what_others_need(
 
 
 def test_the_plan_says_what_the_first_worker_and_a_checkpoint_take() -> None:
-    """Llama-3-8B: 8.03 B float32 numbers on one host; weights and both moments of AdamW in a checkpoint."""
+    """Llama-3-8B has 8.03 B float32 weights; a checkpoint has both moments of AdamW too."""
     chosen = load_recipe("llama3_8b_128k")
     assert chosen.model.shape is not None
     said = format_plan(plan(chosen, chosen.model.shape, "h100")).splitlines()[-1]
@@ -286,13 +284,13 @@ def test_the_plan_says_what_the_first_worker_and_a_checkpoint_take() -> None:
 
 
 def test_the_papers_training_is_its_recipe() -> None:
-    """64 A100 for 54 hours (Sec. 4.1); activation checkpointing adds a third to the model's own FLOPs."""
+    """64 A100 for 54 hours (Sec. 4.1); activation checkpointing adds a third to the FLOPs."""
     for name, hours in (("llama3_8b_128k", 54), ("phi3_mini_128k", 39)):
         chosen = load_recipe(name)
         assert chosen.model.shape is not None
-        cost = plan(chosen, chosen.model.shape, "a100-80gb")["training"]
-        assert cost["tokens"] == 10e9
-        assert cost["gpu_hours"] * 4 / 3 == pytest.approx(64 * hours, rel=0.35)
+        cost = plan(chosen, chosen.model.shape, "a100-80gb").training
+        assert cost.tokens == 10e9
+        assert cost.gpu_hours * 4 / 3 == pytest.approx(64 * hours, rel=0.35)
         assert (chosen.train.global_batch_size, chosen.train.learning_rate, chosen.train.betas) == (
             64,
             2e-5,

@@ -1,4 +1,4 @@
-"""The reference model shows the effect that every comparison here rests on (held-out text, unseen keys)."""
+"""The reference model shows the effect that comparisons rest on (held-out text, unseen keys)."""
 
 import sys
 from pathlib import Path
@@ -17,16 +17,16 @@ def check() -> Check:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_needles_are_found_inside_the_window_at_every_depth(check, depth):
-    assert check.score("unscaled", check.spec.original_length, depth, 100)[1] >= 0.95
+    assert check.score("unscaled", check.shape.original_length, depth, 100)[1] >= 0.95
 
 
 def test_unscaled_it_fails_at_eight_windows(check):
-    assert check.score("unscaled", 8 * check.spec.original_length, 0.0, 16)[1] < 0.10
+    assert check.score("unscaled", 8 * check.shape.original_length, 0.0, 16)[1] < 0.10
 
 
 @pytest.mark.parametrize(("ratio", "method"), [(4, "yarn"), (8, "ntk")])
 def test_good_factors_without_tuning_lower_needle_perplexity_fivefold(check, ratio, method):
-    length = ratio * check.spec.original_length
+    length = ratio * check.shape.original_length
     unscaled, _ = check.score("unscaled", length, 0.0, 12)
     rescaled, _ = check.score(method, length, 0.0, 12)
     assert unscaled / rescaled >= 5
@@ -35,6 +35,6 @@ def test_good_factors_without_tuning_lower_needle_perplexity_fivefold(check, rat
 def test_the_bundled_model_is_small_and_has_enough_cosine_dimensions(check):
     folder = Path(__file__).parent.parent / "longrope2_ray" / "assets" / "reference"
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
-    assert check.spec.geometry.num_cosines >= 32
-    assert check.spec.original_length in (256, 512)
-    assert check.spec.rope_base == 10000.0
+    assert check.shape.geometry.num_cosines >= 32
+    assert check.shape.original_length in (256, 512)
+    assert check.shape.rope_base == 10000.0

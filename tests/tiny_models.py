@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, for tests; the window is 48 tokens, the vocabulary 97."""
+"""Tiny random models of every supported family: a window of 48 tokens, a vocabulary of 97."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import transformers
 
-from longrope2_ray.model.spec import ModelSpec
+from longrope2_ray.recipe.model import ModelSection, ModelShape
+from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.tasks.needle import NeedleSample
 
 WINDOW = 48
@@ -21,7 +22,8 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": WINDOW,
-    # Larger than usual, so that attention is far from uniform and a wrong angle shows in the logits.
+    # Larger than usual, so that attention is far from uniform and a wrong angle shows in the
+    # logits.
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -87,12 +89,17 @@ def save_tiny(family: str, folder: Path, rope: dict[str, Any] | None = None, **c
     return str(folder)
 
 
-def spec_of(model: transformers.PreTrainedModel) -> ModelSpec:
-    """The spec of a model that was never on disk."""
+def section(path: str | Path, **fields: Any) -> ModelSection:
+    """The model section of a model in float32 on the CPU, with other ``fields`` where given."""
+    return ModelSection(path=str(path), **{"dtype": "float32", "device": "cpu", **fields})
+
+
+def shape_of(model: transformers.PreTrainedModel) -> ModelShape:
+    """The shape of a model that was never on disk, by its config alone."""
     text = model.config.get_text_config()
     rope = text.rope_parameters.get("full_attention", text.rope_parameters)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return ModelSpec(
+    return ModelShape(
         model_type=text.model_type,
         architecture=type(model).__name__,
         head_dim=head_dim,
@@ -100,7 +107,7 @@ def spec_of(model: transformers.PreTrainedModel) -> ModelSpec:
         rope_base=rope["rope_theta"],
         original_length=WINDOW,
         hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -114,6 +121,23 @@ def random_sample(length: int, num_answer_tokens: int = 7, seed: int = 0) -> Nee
     return NeedleSample(ids, (length - num_answer_tokens, length), 0.0, "key", "value", "book")
 
 
-def some_factors(num_cosines: int) -> np.ndarray:
+def some_values(num_cosines: int) -> np.ndarray:
     """A vector that touches every dimension differently."""
     return np.linspace(1.0, 4.0, num_cosines) ** 1.1
+
+
+def some_factors(
+    shape: ModelShape, attention_factor: float = 1.0, start_tokens: int = 0
+) -> RescaleFactors:
+    """``some_values`` for a model of this shape."""
+    values = some_values(shape.geometry.num_cosines)
+    return RescaleFactors(values, attention_factor, start_tokens=start_tokens)
+
+
+def rotary_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model's first module with a buffer of RoPE angles."""
+    return next(
+        m
+        for m in model.modules()
+        if any(n.endswith("inv_freq") for n, _ in m.named_buffers(recurse=False))
+    )

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import psutil
 import transformers
+from tiny_data import manifest_of
 from tiny_models import VOCABULARY, WINDOW, tiny_config, tiny_model
 from tokenizers import Tokenizer, models
 
+from longrope2_ray.data.manifest import MANIFEST
 from longrope2_ray.data.packing import Segment
-from longrope2_ray.data.shards import MANIFEST, content_digest, rows_per_group, segments_to_parquet
+from longrope2_ray.data.shards import content_digest, segments_to_parquet
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.storage.rundir import RunDir
 
@@ -40,24 +42,23 @@ def write_data(run_dir: RunDir, count: int = 8) -> None:
     ]
     (run_dir.path / "data").mkdir(parents=True, exist_ok=True)
     run_dir.write_bytes("data/segments-00000.parquet", segments_to_parquet(segments, LENGTH))
-    shard = {"name": "data/segments-00000", "rows": count, "short": count // 2, "long": count // 2}
-    run_dir.write_json(
-        MANIFEST,
-        {
-            "fingerprint": content_digest(segments),
-            "shards": [shard],
-            "rows_per_group": rows_per_group(LENGTH),
-            "target_length": LENGTH,
-            "original_length": WINDOW,
-        },
-    )
+    shards = [("data/segments-00000", count // 2, count // 2)]
+    manifest = manifest_of(shards, content_digest(segments), LENGTH, WINDOW)
+    run_dir.write_json(MANIFEST, manifest.to_json())
 
 
 def recipe_of(model_dir: str, **train: Any) -> Recipe:
     settings = {
-        "factors": "yarn", "max_steps": 6, "global_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2,
-        "dtype": "float32", "checkpoint_steps": 2, "loss_chunk_tokens": 32, **train,
-    }  # fmt: skip
+        "factors": "yarn",
+        "max_steps": 6,
+        "global_batch_size": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "dtype": "float32",
+        "checkpoint_steps": 2,
+        "loss_chunk_tokens": 32,
+        **train,
+    }
     return Recipe(
         name="test",
         model={"path": model_dir, "device": "cpu"},

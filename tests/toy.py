@@ -10,16 +10,26 @@ import numpy as np
 
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.geometry import RopeGeometry
-from longrope2_ray.search.loop import SearchRun
-from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, report_set
+from longrope2_ray.search.loop import SearchLoop
+from longrope2_ray.search.scores import (
+    SEARCH_SET,
+    NeedleSet,
+    Score,
+    Unit,
+    UnitScore,
+    report_set,
+    scores_of,
+)
 from longrope2_ray.search.status import Observer
+from longrope2_ray.storage.ledger import Ledger
 from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.workers.done import Done
 
 GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_length=256)
 TARGET_LENGTH = 1024
 NUM_SAMPLES = 4
-NUM_TOKENS = {
-    name: [7] * NUM_SAMPLES
+NEEDLE_SETS = {
+    name: NeedleSet(name, tuple(f"{name}/{i}" for i in range(NUM_SAMPLES)), (7,) * NUM_SAMPLES)
     for name in (SEARCH_SET, *map(report_set, (TARGET_LENGTH, 2 * TARGET_LENGTH)))
 }
 IDENTITY = {
@@ -35,7 +45,7 @@ def toy_recipe(
     report: Mapping[str, Any] | None = None, look_ahead: bool = True, **search: Any
 ) -> Recipe:
     """A search of seconds over the toy; ``search`` overrides its fields."""
-    small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_children": 6}
+    small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_offspring": 6}
     return Recipe(
         name="toy",
         model={"path": "toy"},
@@ -84,20 +94,21 @@ class ToyScorers:
         self._stragglers = stragglers
         self._rng = None if shuffle is None else random.Random(shuffle)
         self._in_flight: list[Unit] = []
-        self.submitted: Counter[tuple[str, str, int]] = Counter()
-        self.submitted_after: dict[tuple[str, str, int], int] = {}  # how many units had been scored
-        self.scored: list[tuple[str, str, int]] = []
+        self.submitted: Counter[tuple[str, str]] = Counter()
+        self.submitted_after: dict[tuple[str, str], int] = {}  # how many units had been scored
+        self.scored: list[tuple[str, str]] = []
 
     def free(self) -> int:
         return self._width - len(self._in_flight)
 
-    def submit(self, unit: Unit) -> None:
+    def submit(self, work: Unit) -> None:
+        unit = work
         assert self.free() > 0, "submitted more than free() allows"
         self._in_flight.append(unit)
         self.submitted[unit.key] += 1
         self.submitted_after[unit.key] = len(self.scored)
 
-    def wait(self) -> list[Score]:
+    def wait(self) -> list[Done[Unit, UnitScore]]:
         if self._kill_after is not None and len(self.scored) >= self._kill_after:
             raise KilledError
         assert self._in_flight, "waiting although nothing is under way"
@@ -107,27 +118,21 @@ class ToyScorers:
     def counts(self) -> Mapping[str, int]:
         return {"busy": len(self._in_flight), "idle": self.free()}
 
-    def flush(self) -> list[Score]:
+    def flush(self) -> list[Done[Unit, UnitScore]]:
         return []
 
-    def losses(self) -> Mapping[str, int]:
+    def faults(self) -> Mapping[str, int]:
         return {}
 
-    def _complete(self) -> Score:
+    def _complete(self) -> Done[Unit, UnitScore]:
         ready = [unit for unit in self._in_flight if not self._straggles(unit)] or self._in_flight
         unit = ready[0 if self._rng is None else self._rng.randrange(len(ready))]
         self._in_flight.remove(unit)
         nll = self._nll(unit)
         self.scored.append(unit.key)
-        finite = nll is not None and math.isfinite(nll)
-        return Score(
-            *unit.key,
-            nll if finite else None,
-            7,
-            bool(finite and nll < 0.5),
-            0.01 * len(self.scored),
-            "toy",
-        )
+        number = math.nan if nll is None else nll
+        score = UnitScore(number, 7, bool(number < 0.5), 0.01 * len(self.scored))
+        return Done(unit, score, "toy")
 
     def _straggles(self, unit: Unit) -> bool:
         return random.Random(repr(unit.key)).random() < self._stragglers
@@ -135,10 +140,15 @@ class ToyScorers:
 
 def toy_run(
     recipe: Recipe, run_dir: RunDir, scorers: ToyScorers, observers: Sequence[Observer] = ()
-) -> SearchRun:
+) -> SearchLoop:
     """A search run over the toy; a second one on the same directory resumes the first."""
     run_dir.create()
-    return SearchRun(recipe, GEOMETRY, NUM_TOKENS, run_dir, scorers, IDENTITY, observers)
+    return SearchLoop(recipe, GEOMETRY, NEEDLE_SETS, run_dir, scorers, IDENTITY, observers)
+
+
+def ledger_of(run_dir: RunDir) -> Ledger[Score]:
+    """What a run has committed, as a fresh process reads it."""
+    return scores_of(RunDir(run_dir.url)).load()
 
 
 def result_bytes(run_dir: RunDir) -> dict[str, bytes]:

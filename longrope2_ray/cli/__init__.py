@@ -1,5 +1,5 @@
 """The command ``longrope2``."""
 
-from longrope2_ray.cli.parser import main
+from longrope2_ray.cli.command_line import main
 
 __all__ = ["main"]

@@ -16,7 +16,8 @@ class Segment:
     Attributes:
         input_ids: (L,) int64 tokens.
         cu_seqlens: (documents + 1,) int32 starts of the documents, from 0, then L.
-        window: ``short`` has original RoPE and attention within a document, ``long`` rescaled RoPE and full attention.
+        window: ``short`` has the original RoPE and attention within a document, ``long`` the
+            rescaled RoPE and full attention.
     """
 
     input_ids: np.ndarray
@@ -26,7 +27,13 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Segments, and the tokens that are in none: cut off at a segment's end, or left over in the last, unfilled one."""
+    """Segments, and how many tokens are in none.
+
+    Attributes:
+        segments: in order.
+        truncated_tokens: cut off at a segment's end.
+        left_over_tokens: of the last segment, which was not filled.
+    """
 
     segments: list[Segment]
     truncated_tokens: int
@@ -38,8 +45,9 @@ def pack(
 ) -> Packed:
     """Concatenate documents, in their order, into segments of exactly ``length`` tokens.
 
-    A document that crosses a segment's end is cut there. Its rest is dropped, except that in the long window a rest of
-    more than ``original_length`` tokens begins the next segment, as a document of its own.
+    A document that crosses a segment's end is cut there. Its rest is dropped, except that in the
+    long window a rest of more than ``original_length`` tokens begins the next segment, as a
+    document of its own.
 
     Raises:
         ValueError: if a document belongs to the other window.
@@ -50,7 +58,8 @@ def pack(
     for document in documents:
         if (len(document) <= original_length) != (window == "short"):
             raise ValueError(
-                f"documents: expected those of the {window} window, got one of {len(document)} tokens"
+                f"documents: expected those of the {window} window, got one of "
+                f"{len(document)} tokens"
             )
         rest = document
         while len(rest):

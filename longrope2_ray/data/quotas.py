@@ -12,7 +12,7 @@ from longrope2_ray.recipe.training import BandSection, DataSection, SourceSectio
 
 
 def windows_of(bands: Sequence[BandSection], original_length: int) -> list[Window]:
-    """The window that each band feeds.
+    """Return the window that each band feeds.
 
     Raises:
         ValueError: if a band holds documents on both sides of the original length.
@@ -21,14 +21,15 @@ def windows_of(bands: Sequence[BandSection], original_length: int) -> list[Windo
     for low, high in itertools.pairwise(bounds):
         if low < original_length < high:
             raise ValueError(
-                f"data.bands: expected a band that ends at the original length {original_length}, got one from "
-                f"{low + 1} to {high} tokens; add a band with max_tokens = {original_length}"
+                f"data.bands: expected a band that ends at the original length {original_length}, "
+                f"got one from {low + 1} to {high} tokens; add a band with max_tokens = "
+                f"{original_length}"
             )
     return ["short" if band.max_tokens <= original_length else "long" for band in bands]
 
 
 def check_bands(data: DataSection, length: int, original_length: int) -> None:
-    """Refuse bands that cannot be packed into segments of ``length`` tokens; cheap, for whoever plans to call first.
+    """Refuse bands that cannot be packed into segments of ``length`` tokens.
 
     Raises:
         ValueError: naming the field to change.
@@ -40,13 +41,17 @@ def check_bands(data: DataSection, length: int, original_length: int) -> None:
         )
         if tokens < length * data.num_shards:
             raise ValueError(
-                f"data.num_shards: expected at most {tokens // length}, so that each shard holds a segment of {length} "
-                f"of the {tokens} tokens in {window} bands, got {data.num_shards}"
+                f"data.num_shards: expected at most {tokens // length}, so that each shard holds a "
+                f"segment of {length} of the {tokens} tokens in {window} bands, got "
+                f"{data.num_shards}"
             )
 
 
 def band_of(num_tokens: np.ndarray, bands: Sequence[BandSection]) -> np.ndarray:
-    """(N,) band of each document by its length; ``len(bands)`` if it is longer than every band."""
+    """Return (N,) band of each document by its length.
+
+    It is ``len(bands)`` for one that is longer than every band.
+    """
     found: np.ndarray = np.searchsorted(
         [band.max_tokens for band in bands], num_tokens, side="left"
     )
@@ -56,7 +61,11 @@ def band_of(num_tokens: np.ndarray, bands: Sequence[BandSection]) -> np.ndarray:
 def quotas_of(
     bands: Sequence[BandSection], sources: Sequence[SourceSection]
 ) -> dict[tuple[int, int], int]:
-    """(band, source) -> tokens to take: the band's tokens, shared by weight among its sources."""
+    """Share each band's tokens among its sources by weight.
+
+    Returns:
+        (band, source) -> tokens to take.
+    """
     quotas = {}
     for b, band in enumerate(bands):
         shares = {
@@ -87,33 +96,41 @@ class Taken:
 
     @property
     def missing(self) -> int:
-        """Tokens that the source does not have."""
+        """Tokens of the quota that the source does not have."""
         return max(self.quota - self.tokens, 0)
 
 
-def select(
+def fill_quotas(
     keys: np.ndarray,
     num_tokens: np.ndarray,
     bands: np.ndarray,
     sources: np.ndarray,
     quotas: Mapping[tuple[int, int], int],
 ) -> dict[tuple[int, int], Taken]:
-    """For each (band, source) the documents in key order until their tokens reach the quota.
+    """Take documents in the order of their keys until their tokens reach each quota.
+
+    The result does not depend on the order in which the documents come.
 
     Args:
-        keys: (N,) uint64, unique; whatever order the documents come in, the result is the same.
+        keys: (N,) uint64, a document's own.
         num_tokens: (N,) tokens of each document.
         bands: (N,) its band.
         sources: (N,) its source.
+        quotas: (band, source) -> tokens to take.
+
+    Returns:
+        (band, source) -> what is taken.
     """
     taken = {}
     for (band, source), quota in quotas.items():
         mine = np.flatnonzero((bands == band) & (sources == source))
         mine = mine[np.argsort(keys[mine])]
         tokens = np.cumsum(num_tokens[mine], dtype=np.int64)
-        count = (
-            min(int(np.searchsorted(tokens, quota, side="left")) + 1, len(mine)) if quota > 0 else 0
-        )
-        last = int(keys[mine[count - 1]]) if count else None
-        taken[band, source] = Taken(count, int(tokens[count - 1]) if count else 0, quota, last)
+        reached = int(np.searchsorted(tokens, quota, side="left")) + 1
+        count = min(reached, len(mine)) if quota > 0 else 0
+        if count:
+            last = int(keys[mine[count - 1]])
+            taken[band, source] = Taken(count, int(tokens[count - 1]), quota, last)
+        else:
+            taken[band, source] = Taken(0, 0, quota, None)
     return taken

@@ -1,34 +1,63 @@
-"""The parquet shards that segments lie in."""
+"""Shards: the parquet files of training data, their records, and reading segments from them."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from longrope2_ray.data.manifest import MANIFEST, Manifest, TokenShard
 from longrope2_ray.data.packing import Segment, Window
-from longrope2_ray.storage.retries import patiently
+from longrope2_ray.storage.retries import retrying
 from longrope2_ray.storage.rundir import RunDir
 
-MANIFEST = "data/manifest.json"
+Kind = Literal["tokens", "segments"]
+AnyShard = TypeVar("AnyShard", bound=TokenShard)
+
+# Tokens of a parquet row group, which is what one random access reads. A segment that is longer is
+# a group of its own.
+_GROUP_TOKENS = 65536
 
 
-_GROUP_TOKENS = 65536  # of a parquet row group, what one random access reads; a longer segment is a group of its own
-
-
-def shard_name(kind: Literal["tokens", "segments"], index: int) -> str:
-    """Name of a shard within the run directory, without its suffix."""
+def shard_name(kind: Kind, index: int) -> str:
+    """Name a shard within the run directory, without its suffix."""
     return f"data/{kind}-{index:05d}"
 
 
+def write_shard(run_dir: RunDir, name: str, content: bytes, record: TokenShard) -> None:
+    """Write a shard, then its record: a shard without one is not whole."""
+    run_dir.write_bytes(f"{name}.parquet", content)
+    run_dir.write_json(f"{name}.json", record.to_json())
+
+
+def read_record(run_dir: RunDir, name: str, kind: type[AnyShard]) -> AnyShard | None:
+    """Read the record of a shard, None if there is none."""
+    body = run_dir.read_or_skip(f"{name}.json")
+    return None if body is None else kind.from_json(body)
+
+
+def file_checksum(run_dir: RunDir, name: str) -> str | None:
+    """Return the SHA-256 of a shard's file, None if it cannot be read."""
+    try:
+        with (run_dir.path / f"{name}.parquet").open("rb") as file:
+            opened: Any = file
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
 def rows_per_group(length: int) -> int:
-    """Segments in one parquet row group."""
+    """Return how many segments one parquet row group has."""
     return max(1, _GROUP_TOKENS // length)
 
 
 def segments_to_parquet(segments: Sequence[Segment], length: int) -> bytes:
-    """A shard file: one row a segment, row groups small enough for random access, pages with checksums."""
+    """Make the file of a shard: a row for each segment, pages with checksums.
+
+    Row groups are small enough for random access.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,7 +81,7 @@ def segments_to_parquet(segments: Sequence[Segment], length: int) -> bytes:
 
 
 def content_digest(segments: Iterable[Segment]) -> str:
-    """Hex digest of segments in their order, whatever file format they lie in."""
+    """Return a hex digest of segments in their order, whatever file format they lie in."""
     digest = hashlib.sha256()
     for segment in segments:
         digest.update(segment.window.encode())
@@ -62,15 +91,15 @@ def content_digest(segments: Iterable[Segment]) -> str:
 
 
 class SegmentReader:
-    """The segments of a run by index: shards in order, within a shard short segments first.
+    """Reads the segments of a run by index: shards in order, in each the short segments first.
 
     Args:
         run: directory or URL of the run.
 
     Attributes:
-        manifest: what ``data/manifest.json`` says.
+        manifest: what the data is.
         fingerprint: changes with any token of any segment.
-        windows: window of each segment.
+        windows: the window of each segment.
 
     Raises:
         ValueError: if the run has no data yet.
@@ -78,19 +107,20 @@ class SegmentReader:
 
     def __init__(self, run: RunDir | str):
         run_dir = run if isinstance(run, RunDir) else RunDir(run)
-        manifest = run_dir.read_json(MANIFEST)
-        if manifest is None:
+        body = run_dir.read_json(MANIFEST)
+        if body is None:
             raise ValueError(
-                f"--run-dir: expected training data in {run_dir.url}, got none; run longrope2 data first"
+                f"--run-dir: expected training data in {run_dir.url}, got none; run longrope2 "
+                f"data first"
             )
-        self.manifest: dict[str, Any] = manifest
-        self.fingerprint: str = manifest["fingerprint"]
-        kinds: tuple[Window, ...] = ("short", "long")
-        self.windows: list[Window] = [
-            window for shard in manifest["shards"] for window in kinds for _ in range(shard[window])
-        ]
+        self.manifest = Manifest.from_json(body)
+        self.fingerprint = self.manifest.fingerprint
+        self.windows: list[Window] = []
+        for shard in self.manifest.shards:
+            self.windows.extend(itertools.repeat("short", shard.short))
+            self.windows.extend(itertools.repeat("long", shard.long))
         self._run_dir = run_dir
-        self._ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
+        self._ends = np.cumsum([shard.rows for shard in self.manifest.shards])
         self._footers: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -101,22 +131,23 @@ class SegmentReader:
 
         Raises:
             IndexError: beyond the last segment.
-            ValueError: if its shard is gone or corrupt, or storage fails for longer than the run directory is patient.
+            ValueError: if its shard is gone or corrupt, or storage fails for longer than the run
+                directory waits.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"segment: expected 0 ... {len(self) - 1}, got {index}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[shard - 1]) if shard else 0)
-        group, within = divmod(row, self.manifest["rows_per_group"])
-        path = self._run_dir.path / f"{self.manifest['shards'][shard]['name']}.parquet"
+        group, within = divmod(row, self.manifest.rows_per_group)
+        path = self._run_dir.path / f"{self.manifest.shards[shard].name}.parquet"
         read = partial(self._read, path, shard, group, within)
-        input_ids, cu_seqlens = patiently(read, f"read {path}", self._run_dir.patience_seconds)
+        input_ids, cu_seqlens = retrying(read, f"read {path}", self._run_dir.patience_seconds)
         return Segment(input_ids.astype(np.int64), cu_seqlens.astype(np.int32), self.windows[index])
 
     def _read(
         self, path: Any, shard: int, group: int, within: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids and the bounds of their documents: one row of one row group."""
+        """Read one row of a row group: (L,) tokens, and the starts of their documents, then L."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -128,11 +159,12 @@ class SegmentReader:
                 self._footers[shard] = parquet.metadata
                 found = parquet.read_row_group(group).slice(within, 1)
         except (OSError, pa.ArrowInvalid) as error:
+            # What Arrow finds wrong in a shard has no number; other errors are the storage's.
             away = isinstance(error, (ConnectionError, TimeoutError)) or getattr(
                 error, "errno", None
             )
             if away and not isinstance(error, FileNotFoundError):
-                raise  # no fault of the shard: what Arrow finds in it has no number
+                raise
             raise ValueError(
                 f"{path}: expected a whole shard, got: {error}; run longrope2 data again"
             ) from error

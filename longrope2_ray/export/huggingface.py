@@ -1,69 +1,64 @@
-"""An extended model on disk: the trained weights with a config that says which RoPE they were trained under.
+"""An extended model as a directory that transformers loads: config, weights, tokenizer."""
 
-transformers reads it as ``longrope``: the original RoPE up to the original window, the rescaled one beyond (or the rescaled
-one for every input, where it was trained so). ``read_spec`` and
-``load_model`` read it as the base model that it grew from, so that everything here pins its own factors into it.
-"""
-
-import copy
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from longrope2_ray.model.spec import ModelSpec
+from longrope2_ray.export.config import extended_config
+from longrope2_ray.model.config import read_config
+from longrope2_ray.model.loading import load_generation_config, load_tokenizer
+from longrope2_ray.model.skeleton import DTYPES
+from longrope2_ray.recipe.model import ModelSection, ModelShape
 from longrope2_ray.rope.factors import RescaleFactors
+from longrope2_ray.storage.rundir import RunDir
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def extended_config(
-    config: "PreTrainedConfig",
-    spec: ModelSpec,
+def write_model(
+    run_dir: RunDir,
+    folder: str,
+    model: ModelSection,
+    shape: ModelShape,
     factors: RescaleFactors,
+    weights: dict[str, torch.Tensor],
+    *,
     target_length: int,
-    mixed: bool = True,
-) -> "PreTrainedConfig":
-    """A copy of the base model's config with both windows in it.
+    mixed: bool,
+    default_dtype: str,
+) -> None:
+    """Write an extended model into a folder of a run directory, its ``config.json`` last.
 
-    transformers applies the attention factor of ``longrope`` to short inputs too; at 1.0 both windows are exact. vLLM reads
-    ``short_mscale`` and ``long_mscale`` instead.
+    Nothing loads a model directory without a config, so a model that is there is whole.
 
     Args:
-        config: of the base model.
-        spec: what ``read_spec`` says about it.
-        factors: of the long window.
-        target_length: tokens of it.
-        mixed: whether short inputs were trained under the original RoPE, and not under ``factors`` as long ones.
+        run_dir: the run directory.
+        folder: the model's folder in it.
+        model: the recipe's model section, which names the base model.
+        shape: the base model's shape.
+        factors: the long window's rescale factors.
+        weights: all weights under transformers' names; emptied, so as not to hold them twice.
+        target_length: the long window in tokens.
+        mixed: whether short inputs were trained under the original RoPE.
+        default_dtype: type of the weights on disk where the base model's config names none.
+
+    Raises:
+        RunDirError: if there is no space or no permission.
     """
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    rope: dict[str, Any] = dict(text.rope_parameters)
-    inner = rope.get("full_attention", rope)
-    values = factors.values.tolist()
-    inner = {
-        **{
-            key: value
-            for key, value in inner.items()
-            if key in ("rope_theta", "partial_rotary_factor")
-        },
-        "rope_type": "longrope",
-        "short_factor": [1.0] * len(values) if mixed else values,
-        "long_factor": values,
-        "factor": target_length / spec.original_length,
-        "original_max_position_embeddings": spec.original_length,
-        "attention_factor": factors.attention_factor,
-        "short_mscale": 1.0 if mixed else factors.attention_factor,
-        "long_mscale": factors.attention_factor,
-    }
-    text.rope_parameters = {**rope, "full_attention": inner} if "full_attention" in rope else inner
-    text.max_position_embeddings = target_length
-    if hasattr(
-        text, "original_max_position_embeddings"
-    ):  # Phi-3's, which transformers believes before the RoPE's own
-        text.original_max_position_embeddings = spec.original_length
-    return config
+    config = read_config(model)
+    dtype_name = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = DTYPES.get(dtype_name, DTYPES[default_dtype])
+    config = extended_config(config, shape, factors, target_length, mixed)
+    (run_dir.path / folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer = load_tokenizer(model)
+        generation = load_generation_config(model)
+        save_extended(Path(local), config, weights, tokenizer, dtype, generation)
+        for path in sorted(Path(local).iterdir(), key=lambda path: path.name == "config.json"):
+            run_dir.write_bytes(f"{folder}/{path.name}", path.read_bytes())
 
 
 def save_extended(
@@ -74,15 +69,16 @@ def save_extended(
     dtype: torch.dtype,
     generation: "GenerationConfig | None" = None,
 ) -> None:
-    """Write a model directory that transformers loads.
+    """Write a local model directory that transformers loads.
 
     Args:
-        folder: made if it is not there.
-        config: what it says from now on.
-        weights: whole, under transformers' names; taken out one by one, so that they are never there twice.
-        tokenizer: of the base model; it learns the longer window.
-        dtype: of the weights on disk.
-        generation: of the base model, where it has one: its stop tokens and how it samples.
+        folder: the directory, which is made if it is not there.
+        config: the extended model's config.
+        weights: all weights under transformers' names; emptied, so as not to hold them twice.
+        tokenizer: the base model's tokenizer; its maximum length becomes the config's.
+        dtype: type of the weights on disk.
+        generation: the base model's generation config, where it has one: its stop tokens and how
+            it samples.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,38 +1,9 @@
 """FLOPs and memory of a model from its shape alone."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
+from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
-
-
-class Shape(Protocol):
-    """The numbers of a model that cost depends on: a ``ModelSpec``, or ``model.shape`` of a recipe."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def rotary_dim(self) -> int: ...
-    @property
-    def rope_base(self) -> float: ...
-    @property
-    def original_length(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
-    @property
-    def num_parameters(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -53,35 +24,54 @@ ACCELERATORS = {
 }
 
 
-RAY_ACCELERATORS = {  # Ray's names for them, those that say a memory size
-    "H200": "h200", "H100": "h100", "A100-80G": "a100-80gb", "A100-40G": "a100-40gb", "L40S": "l40s", "GeForce-RTX-4090": "rtx4090",
-}  # fmt: skip
+# Ray's names for them, where the name says a memory size.
+RAY_ACCELERATORS = {
+    "H200": "h200",
+    "H100": "h100",
+    "A100-80G": "a100-80gb",
+    "A100-40G": "a100-40gb",
+    "L40S": "l40s",
+    "GeForce-RTX-4090": "rtx4090",
+}
 
 
+# Bytes of one number of each ``dtype`` that a recipe may say.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-ANSWER_TOKENS = 16  # at most: seven digits as one to eight tokens, with room
+# Tokens of an answer at most: seven digits as one to eight tokens, with room.
+ANSWER_TOKENS = 16
 
 
-def layer_parameters(shape: Shape) -> int:
-    """Weights of one decoder layer that a token passes: attention projections and a gated MLP, or its experts."""
+def layer_parameters(shape: ModelShape) -> int:
+    """Weights of one decoder layer that a token passes.
+
+    They are the attention's projections, and a gated MLP or the experts of a mixture that the
+    token is sent to.
+    """
     attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     return attention + 3 * shape.hidden_size * shape.intermediate_size
 
 
-def num_parameters(shape: Shape) -> int:
-    """Weights of the whole model, embeddings included: as counted or given, else those of gated MLPs."""
+def embedding_parameters(shape: ModelShape) -> int:
+    """Weights of the input and output embeddings, counted once where they are tied."""
+    return shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Weights of the whole model: the number in the shape, else that of gated MLPs throughout."""
     if shape.num_parameters:
         return shape.num_parameters
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return shape.num_layers * layer_parameters(shape) + embeddings
+    return shape.num_layers * layer_parameters(shape) + embedding_parameters(shape)
 
 
-def step_flops(shape: Shape, num_positions: int, num_pairs: float) -> float:
-    """Model FLOPs of a training step, forward and backward (twice the forward), recomputation not counted.
+def step_flops(shape: ModelShape, num_positions: int, num_pairs: float) -> float:
+    """Model FLOPs of a training step: forward and backward (twice the forward).
+
+    What activation checkpointing computes again is not counted.
 
     Args:
+        shape: the model's shape.
         num_positions: tokens of the global batch.
         num_pairs: (query, key) pairs of its causal attention, half the square of every range.
     """
@@ -90,19 +80,20 @@ def step_flops(shape: Shape, num_positions: int, num_pairs: float) -> float:
     return 3 * (2.0 * weights * num_positions + attention)
 
 
-def pass_flops(shape: Shape, length: int) -> dict[str, float]:
-    """FLOPs of one forward pass over ``length`` tokens without full logits: linear layers, and causal attention."""
+def pass_flops(shape: ModelShape, length: int) -> dict[str, float]:
+    """FLOPs of a forward pass over ``length`` tokens without logits: linear layers, attention."""
     linear = 2.0 * shape.num_layers * layer_parameters(shape) * length
-    # scores and weighted values, 2 FLOPs a multiply-add, half of the square is causal
+    # Scores and weighted values, 2 FLOPs a multiply-add; half of the square is causal.
     attention = 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * length**2
     return {"linear": linear, "attention": attention, "total": linear + attention}
 
 
-def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
-    """Memory of one scorer by part at the longest length it sees.
+def scorer_memory_bytes(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
+    """Memory of one scorer by part, in bytes, at the longest length that it scores.
 
-    Activations are the residual stream with three copies of it (norm, attention output, sum), queries, keys and values
-    before and after rotation, and one chunk of the MLP; logits are those of the answer, in fp32.
+    Activations are the residual stream with three copies of it (norm, attention output, sum),
+    queries, keys and values before and after rotation, and one chunk of the MLP; logits are those
+    of the answer, in float32.
     """
     size = DTYPE_BYTES[recipe.model.dtype]
     length = max([recipe.search.target_length, *recipe.report.lengths])
@@ -121,35 +112,38 @@ def scorer_memory_bytes(shape: Shape, recipe: Recipe) -> dict[str, float]:
     }
 
 
-def gpu_memory_bytes(shape: Shape, recipe: Recipe) -> float:
-    """Of these, what is on one GPU: several share the weights, and each holds all activations."""
-    memory, spread = scorer_memory_bytes(shape, recipe), max(1.0, recipe.scorer.gpus_per_scorer)
-    return memory["total"] - memory["weights"] * (1 - 1 / spread)
+def gpu_memory_bytes(shape: ModelShape, recipe: Recipe) -> float:
+    """Memory of one scorer on one GPU: several share the weights, each holds all activations."""
+    memory = scorer_memory_bytes(shape, recipe)
+    num_gpus = max(1.0, recipe.scorer.gpus_per_scorer)
+    return memory["total"] - memory["weights"] * (1 - 1 / num_gpus)
 
 
-def training_memory_bytes(shape: Shape, recipe: Recipe, num_workers: int) -> dict[str, float]:
-    """Memory of one training process by part: FSDP2 over all of them, one segment shared by ``sequence_parallel`` ones.
+def training_memory_bytes(shape: ModelShape, recipe: Recipe, num_workers: int) -> dict[str, float]:
+    """Memory of one training process by part, in bytes.
 
-    Activations are the layers' inputs with activation checkpointing, all that a backward pass needs without; "one layer"
-    is what stands while one layer is computed or recomputed.
+    FSDP2 shards over all processes, and ``train.sequence_parallel`` of them share one segment.
+    Activations are the layers' inputs with activation checkpointing, all that a backward pass
+    needs without; "one layer" is what stands while one layer is computed or recomputed.
     """
-    settings, size = recipe.train, DTYPE_BYTES[recipe.train.dtype]
+    settings = recipe.train
+    size = DTYPE_BYTES[settings.dtype]
     tokens = recipe.search.target_length / settings.sequence_parallel
     heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     layer = size * tokens * (6 * shape.hidden_size + 2 * heads + 3 * shape.intermediate_size)
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     saved = size * tokens * shape.hidden_size if settings.activation_checkpointing else layer
-    one = (num_parameters(shape) - embeddings) / shape.num_layers  # with all experts of a mixture
-    gathered = 2 * one + embeddings  # this layer, the next one, and what stays gathered
+    embeddings = embedding_parameters(shape)
+    # One layer's weights, with all experts of a mixture.
+    one = (num_parameters(shape) - embeddings) / shape.num_layers
+    # This layer, the next one, and what stays gathered; then their gradients in float32 before
+    # they are reduced.
+    gathered = 2 * one + embeddings
+    logits_tokens = min(tokens, settings.loss_chunk_tokens)
     parts = {
         "weights, gradients, AdamW": 16.0 * num_parameters(shape) / num_workers,
-        "gathered weights": float(
-            (size + 4) * gathered
-        ),  # and their gradients in float32 before they are reduced
+        "gathered weights": float((size + 4) * gathered),
         "activations": float(saved * shape.num_layers),
         "one layer": float(layer),
-        "logits": float(
-            (size + 2 * 4) * min(tokens, settings.loss_chunk_tokens) * shape.vocab_size
-        ),
+        "logits": float((size + 2 * 4) * logits_tokens * shape.vocab_size),
     }
     return {**parts, "total": sum(parts.values())}

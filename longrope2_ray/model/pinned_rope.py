@@ -10,30 +10,44 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from longrope2_ray.model.spec import ModelSpec, _rotary_buffers
+from longrope2_ray.model.skeleton import rotary_buffers
+from longrope2_ray.model.spec import shape_of
+from longrope2_ray.recipe.model import ModelShape
+from longrope2_ray.rope.factors import RescaleFactors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class PinnedRope:
-    """Puts rescale factors into a loaded model's rotary buffers in place, and gives the original bits back.
+    """Puts rescale factors into a model's rotary buffers in place, and gives the bits back.
 
-    The angles become ``base^(-2i/d) / factors`` (Eq. 8), divided in float64 and stored in float32 whatever the
-    model's dtype. The window never depends on the input here: what is pinned holds for every token of every call,
-    unlike HF's ``longrope``, which switches on the longest position of the batch. Families that keep one buffer for
-    sliding and full layers alike get the factors in both; those that keep one for each type, only in the full ones.
+    The angles become ``base^(-2i/d) / factors`` (Eq. 8), divided in float64 and stored in float32
+    whatever the model's dtype. The window never depends on the input here: what is pinned holds
+    for every token of every call, unlike transformers' ``longrope``, which switches on the longest
+    position of the batch. Families that keep one buffer for sliding and full layers alike get the
+    factors in both; those that keep one for each type, only in the full ones.
+
+    Attributes:
+        model: the model, which nothing else may pin meanwhile.
+        shape: the model's shape.
+        factors: what is pinned; None while the model has its original RoPE.
 
     Raises:
-        ValueError: if the model has no rotary module that can be pinned, or its angles are not those of ``spec``.
+        ValueError: if the model has no rotary module that can be pinned, or its angles are not
+            those of ``shape``.
     """
 
-    def __init__(self, model: "PreTrainedModel", spec: ModelSpec) -> None:
-        self._angles = spec.geometry.angles
-        self._buffers = _rotary_buffers(model)
+    def __init__(self, model: "PreTrainedModel", shape: ModelShape) -> None:
+        self.model = model
+        self.shape = shape
+        self.factors: RescaleFactors | None = None
+        self._angles = shape.geometry.angles
+        self._buffers = rotary_buffers(model)
         if not self._buffers:
             raise ValueError(
-                f"model.path: expected a rotary module with an inv_freq buffer, got none in {spec.model_type}"
+                "model.path: expected a rotary module with an inv_freq buffer, "
+                f"got none in {shape.model_type}"
             )
         for module, prefix in self._buffers:
             self._check(module, prefix)
@@ -46,50 +60,55 @@ class PinnedRope:
             for module, prefix in self._buffers
         ]
 
-    def pin(self, values: np.ndarray, attention_factor: float, start_tokens: int = 0) -> None:
-        """Rescale every angle by ``1 / values`` and multiply cos and sin by ``attention_factor``.
+    def pin(self, factors: RescaleFactors) -> None:
+        """Divide every angle by its factor, and multiply cos and sin by the attention factor.
 
-        Args:
-            values: (d/2,) factors, finite and positive.
-            start_tokens: positions below it keep the original angles, at the same temperature (LongRoPE's ``n_hat``).
+        Positions below ``factors.start_tokens`` keep the original angles, with the same attention
+        factor (LongRoPE's ``n_hat``).
 
         Raises:
-            ValueError: if the vector does not fit this model, or holds something else than positive numbers.
+            ValueError: if the vector has another length than this model's.
         """
-        values = np.asarray(values, dtype=np.float64)
-        if values.shape != self._angles.shape:
-            raise ValueError(
-                f"factors: expected {len(self._angles)} numbers, one per cosine dimension of this model, "
-                f"got shape {values.shape}"
-            )
-        if not (np.isfinite(values).all() and (values > 0).all()):
-            raise ValueError("factors: expected finite positive numbers, got others among them")
-        rescaled = torch.from_numpy(self._angles / values).float()
+        factors.require_length(len(self._angles))
+        rescaled = torch.from_numpy(self._angles / factors.values).float()
         self._unhook()
         for (module, prefix), (original, _) in zip(self._buffers, self._original, strict=True):
             self._float32_buffer(module, prefix).copy_(rescaled)
-            setattr(module, f"{prefix}attention_scaling", float(attention_factor))
-            if start_tokens:
-                hook = partial(self._keep_start, prefix, original, start_tokens)
+            setattr(module, f"{prefix}attention_scaling", float(factors.attention_factor))
+            if factors.start_tokens:
+                hook = partial(self._keep_start, prefix, original, factors.start_tokens)
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        self.factors = factors
 
     def restore(self) -> None:
-        """Give the buffers and scalings back exactly as they were found (in float32)."""
+        """Give the buffers and attention factors back exactly as they were found (in float32)."""
         self._unhook()
         for (module, prefix), (buffer, scaling) in zip(self._buffers, self._original, strict=True):
             self._float32_buffer(module, prefix).copy_(buffer)
             setattr(module, f"{prefix}attention_scaling", scaling)
+        self.factors = None
 
     @contextmanager
-    def pinned(
-        self, values: np.ndarray, attention_factor: float, start_tokens: int = 0
-    ) -> Iterator[None]:
-        """Pin for the length of a ``with`` block."""
-        self.pin(values, attention_factor, start_tokens)
+    def pinned(self, factors: RescaleFactors | None) -> Iterator[None]:
+        """Pin factors, or the original RoPE for None, for the length of a ``with`` block.
+
+        What was pinned before is pinned again afterwards.
+
+        Raises:
+            ValueError: if the vector has another length than this model's.
+        """
+        before = self.factors
+        self._set(factors)
         try:
             yield
         finally:
+            self._set(before)
+
+    def _set(self, factors: RescaleFactors | None) -> None:
+        if factors is None:
             self.restore()
+        else:
+            self.pin(factors)
 
     def _keep_start(
         self,
@@ -101,11 +120,12 @@ class PinnedRope:
         kwargs: dict[str, Any],
         tables: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """Forward hook of a rotary module: its own cos and sin of the original angles where a sequence starts."""
+        """Forward hook of a rotary module: cos and sin of the original angles at the start."""
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if not isinstance(tables, tuple) or positions is None:
             raise ValueError(
-                f"search.start_tokens: expected [0] for {type(module).__name__}, whose tables are its own"
+                f"search.start_tokens: expected [0] for {type(module).__name__}, "
+                "whose tables are its own"
             )
         buffer = self._float32_buffer(module, prefix)
         rescaled = buffer.clone()
@@ -125,13 +145,19 @@ class PinnedRope:
             self._hooks.pop().remove()
 
     def _check(self, module: nn.Module, prefix: str) -> None:
+        """Refuse a rotary module that would undo what is pinned, or whose angles are others.
+
+        Raises:
+            ValueError: saying what was found.
+        """
         rope_type = getattr(module, "rope_type", "default")
         if isinstance(rope_type, dict):
             rope_type = rope_type["full_attention"]
         if rope_type != "default":
-            # Other types recompute the buffer inside forward and would undo what is pinned.
+            # Other types recompute the buffer inside forward.
             raise ValueError(
-                f"model.path: expected RoPE of type 'default', got {rope_type!r}; it can't be pinned"
+                f"model.path: expected RoPE of type 'default', got {rope_type!r}; it can't be "
+                "pinned"
             )
         found = getattr(module, f"{prefix}inv_freq").detach().double().cpu().numpy()
         # 1 % lets through what bfloat16 rounded, and nothing that is another base or another rule.
@@ -139,17 +165,37 @@ class PinnedRope:
             found, self._angles, rtol=1e-2, atol=0
         ):
             raise ValueError(
-                f"model.path: expected {len(self._angles)} angles base^(-2i/d) in the rotary module, got {len(found)} "
-                "angles that follow another rule; it can't be pinned"
+                f"model.path: expected {len(self._angles)} angles base^(-2i/d) in the rotary "
+                f"module, got {len(found)} angles that follow another rule; it can't be pinned"
             )
         if not np.allclose(found, self._angles, rtol=1e-4, atol=0):
             self._float32_buffer(module, prefix).copy_(torch.from_numpy(self._angles))
 
     def _float32_buffer(self, module: nn.Module, prefix: str) -> torch.Tensor:
-        """The module's buffer; if ``model.to(bfloat16)`` cast or rounded it, a new one from the float64 angles."""
+        """The module's buffer; a new one from the float64 angles if it was cast from float32."""
         name = f"{prefix}inv_freq"
         buffer: torch.Tensor = getattr(module, name)
         if buffer.dtype != torch.float32:
             buffer = torch.from_numpy(self._angles).float().to(buffer.device)
             module.register_buffer(name, buffer, persistent=False)
         return buffer
+
+
+def rescale(model: "PreTrainedModel", factors: RescaleFactors) -> PinnedRope:
+    """Pin factors into a causal language model of transformers, in place.
+
+    Args:
+        model: what ``AutoModelForCausalLM.from_pretrained`` gives, with its original RoPE.
+        factors: the factors that every token of every call gets from now on.
+
+    Returns:
+        The pinned RoPE; its ``restore()`` gives the model its original RoPE back.
+
+    Raises:
+        ValueError: if the model has no standard, unscaled rotary module, or the vector has
+            another length than its angles.
+    """
+    what = f"{model.name_or_path!r} ({type(model).__name__})"
+    rope = PinnedRope(model, shape_of(model, model.config, what))
+    rope.pin(factors)
+    return rope

@@ -1,133 +1,81 @@
-"""What is known about a model before its weights are read."""
+"""What is known about a model before its weights are read; what cannot be extended is refused."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from longrope2_ray.model.source import resolve_model_path
-from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.model.config import (
+    extension_of,
+    full_attention_rope,
+    read_config,
+    read_own_config,
+)
+from longrope2_ray.model.skeleton import build_skeleton, rotary_buffers
+from longrope2_ray.model.source import find_model
+from longrope2_ray.recipe.model import ModelSection, ModelShape
+from longrope2_ray.rope.factors import RescaleFactors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-# The heads a causal language model may have; anything else (classification, bare encoder) has no next-token logits.
-_LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What is known about a model before its weights are read; also writable by hand, to plan without the model.
-
-    Attributes:
-        model_type: transformers' name of the family, such as ``llama``.
-        architecture: the class that transformers builds, such as ``LlamaForCausalLM``.
-        head_dim: size of one attention head.
-        rotary_dim: rotated dimensions of a head, twice the length of a factor vector.
-        rope_base: RoPE base of the full-attention layers.
-        original_length: pre-trained window L0, in tokens.
-        hidden_size: width of the residual stream.
-        intermediate_size: inner width of the MLP; of a mixture of experts, of all those that one token is sent to.
-        num_layers: decoder layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        vocab_size: rows of the output matrix.
-        tie_word_embeddings: whether input and output embeddings are one matrix.
-        num_parameters: all parameters; None where they were not counted.
-        sliding_window: tokens that every layer is limited to; None as soon as one layer sees everything.
-    """
-
-    model_type: str
-    architecture: str
-    head_dim: int
-    rotary_dim: int
-    rope_base: float
-    original_length: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    tie_word_embeddings: bool = False
-    num_parameters: int | None = None
-    sliding_window: int | None = None
-
-    @property
-    def geometry(self) -> RopeGeometry:
-        return RopeGeometry(self.head_dim, self.rotary_dim, self.rope_base, self.original_length)
-
-
-def read_spec(
-    path: str,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    original_length: int | None = None,
-    sliding_window: int | None = None,
-) -> ModelSpec:
-    """Read a model's config and build it without weights; refuse by name what cannot be searched.
-
-    Args:
-        original_length: L0 where the config's ``max_position_embeddings`` is not the pre-trained window.
-        sliding_window: tokens that sliding layers see, where it is not the config's.
+def read_shape(section: ModelSection) -> ModelShape:
+    """Read a model's shape from its config and from the model built without weights.
 
     Raises:
-        ValueError: if the path holds no causal language model with a standard, unscaled rotary module.
+        ValueError: if the path holds no causal language model with a standard, unscaled rotary
+            module; the message says what it holds instead.
     """
-    config = read_config(path, gguf_file, revision, sliding_window)
+    config = read_config(section)
+    return shape_of_skeleton(build_skeleton(config, section), config, section)
+
+
+def shape_of_skeleton(
+    skeleton: "PreTrainedModel", config: "PreTrainedConfig", section: ModelSection
+) -> ModelShape:
+    """The shape of a model that is already built without weights, as ``read_shape`` gives it.
+
+    Raises:
+        ValueError: as ``read_shape``.
+    """
+    what = f"{section.path!r} ({type(skeleton).__name__})"
+    shape = shape_of(skeleton, config, what)
+    source = find_model(section)
+    if source.gguf_file and (file := Path(source.location) / source.gguf_file).is_file():
+        _require_unscaled_gguf(file, shape.rotary_dim, what)
+    if section.original_length is None:
+        return shape
+    return shape.model_copy(update={"original_length": section.original_length})
+
+
+def shape_of(model: "PreTrainedModel", config: "PreTrainedConfig", what: str) -> ModelShape:
+    """Derive the shape of a model that transformers built, with weights or without.
+
+    Args:
+        model: the model.
+        config: the config that it was built from, which says more than ``model.config`` where a
+            language model is one part of several.
+        what: the model's name in messages.
+
+    Raises:
+        ValueError: if it is no causal language model with a standard, unscaled rotary module.
+    """
     text = config.get_text_config()
-    model = _skeleton(config, path)
-    what = f"{path!r} ({type(model).__name__})"
-    if getattr(text, "kv_lora_rank", None) or getattr(text, "qk_rope_head_dim", None):
-        raise ValueError(
-            f"model.path: expected standard attention, got multi-head latent attention in {what}"
-        )
-    if (
-        getattr(text, "use_bidirectional_attention", None)
-        or getattr(text, "is_causal", True) is False
-    ):
-        raise ValueError(
-            f"model.path: expected a causal language model, got bidirectional attention in {what}"
-        )
-    buffers = _rotary_buffers(model)
-    lengths = {getattr(module, f"{prefix}inv_freq").numel() for module, prefix in buffers}
-    if not buffers:
-        raise ValueError(
-            f"model.path: expected a model with rotary position embeddings (RoPE) in an inv_freq buffer, "
-            f"got {what}, which has none"
-        )
-    if len(lengths) != 1:
-        raise ValueError(
-            f"model.path: expected one rotary size in all layers, got {sorted(lengths)} in {what}"
-        )
-    rope = _unscaled_rope(text, what)
-    location, gguf = resolve_model_path(path, gguf_file, revision)
-    if gguf and (file := Path(location) / gguf).is_file():
-        _require_unscaled_gguf(file, 2 * min(lengths), what)
-    # Phi-3's config class has original_max_position_embeddings 4096 even where nobody wrote it: the smaller one counts.
-    lengths_known = [
-        text.max_position_embeddings,
-        getattr(text, "original_max_position_embeddings", None),
-    ]
-    length = original_length or min(known for known in lengths_known if known)
+    _require_standard_attention(text, what)
+    rotary_dim = _rotary_dim(model, what)
+    rope = _unscaled_rope(config, what)
     num_heads = text.num_attention_heads
-    return ModelSpec(
+    return ModelShape(
         model_type=text.model_type,
         architecture=type(model).__name__,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-        rotary_dim=2 * lengths.pop(),
-        rope_base=float(rope["rope_theta"]),
-        original_length=int(length),
         hidden_size=text.hidden_size,
         intermediate_size=_inner_width(text),
         num_layers=text.num_hidden_layers,
         num_heads=num_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        rotary_dim=rotary_dim,
+        rope_base=float(rope["rope_theta"]),
+        original_length=_original_length(text),
         vocab_size=text.vocab_size,
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -135,140 +83,123 @@ def read_spec(
     )
 
 
-def _inner_width(text: Any) -> int:
-    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    experts = getattr(text, "num_experts_per_tok", None)
-    if not experts:
-        return int(width)
-    one = getattr(text, "moe_intermediate_size", None) or width
-    shared = getattr(text, "shared_expert_intermediate_size", None) or one * (
-        getattr(text, "n_shared_experts", None) or 0
-    )
-    return int(experts * one + shared)
+def read_factors(section: ModelSection) -> RescaleFactors | None:
+    """Read the long window's factors from a model that ``longrope2_ray.export`` wrote.
 
-
-def read_config(
-    path: str,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    sliding_window: int | None = None,
-) -> "PreTrainedConfig":
-    """The model's config, of the base model where it was extended here, with another sliding window if one is given.
+    Returns:
+        The factors with their attention factor; None for a model that was not extended here.
 
     Raises:
-        ValueError: if transformers cannot read it, or there is no window to replace.
+        ValueError: if there is no model, or its factors are not finite positive numbers.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    rope = extension_of(read_own_config(section))
+    if rope is None:
+        return None
+    return RescaleFactors(
+        rope["long_factor"], attention_factor=rope["attention_factor"], source=section.path
+    )
 
-    location, gguf = resolve_model_path(path, gguf_file, revision)
-    try:
-        config = _as_base(AutoConfig.from_pretrained(location, **_where(gguf, revision)))
-    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
-        reason = str(error).strip().split("\n")[0]
+
+def require_window_reaches(shape: ModelShape, path: str, target_length: int) -> None:
+    """Refuse a model none of whose layers attends as far back as the target length.
+
+    No factors find a needle that lies outside every layer's sliding window.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    window = shape.sliding_window
+    if window is not None and window < target_length:
         raise ValueError(
-            f"model.path: expected a model whose config transformers can read, got {path!r}: {reason}"
-        ) from error
-    if sliding_window is not None:
-        text = config.get_text_config()
-        if not getattr(text, "sliding_window", None):
-            raise ValueError(
-                f"model.sliding_window: expected a model with sliding layers, got {path!r}, whose config has none"
-            )
-        text.sliding_window = sliding_window
-    return config
-
-
-def _as_base(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """The base model's config of a model that ``export`` wrote: its factors are pinned from there.
-
-    Told by ``longrope`` with an attention factor of its own (transformers makes one up where there is none) and short
-    factors that are all 1, or those of the long window.
-    """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    inner = rope.get("full_attention", rope)
-    short = inner.get("short_factor") or [None]
-    ours = set(short) == {1.0} or short == inner.get("long_factor")
-    if inner.get("rope_type") == "longrope" and inner.get("attention_factor") is not None and ours:
-        text.max_position_embeddings = inner["original_max_position_embeddings"]
-        kept = {
-            key: value
-            for key, value in inner.items()
-            if key in ("rope_theta", "partial_rotary_factor")
-        }
-        base = {**kept, "rope_type": "default"}
-        text.rope_parameters = (
-            {**rope, "full_attention": base} if "full_attention" in rope else base
+            f"model.sliding_window: expected {target_length} tokens (search.target_length) or more "
+            f"in some layer, got a window of {window} in every layer of {path!r}; a needle farther "
+            "away would be out of sight, whatever the factors. Set it to "
+            f"{target_length} to let every layer see the whole input"
         )
-    return config
 
 
-def _where(gguf: str | None, revision: str | None) -> dict[str, Any]:
-    """Keyword arguments of ``from_pretrained`` that are set; some loaders do not accept None."""
-    return {
-        key: value
-        for key, value in {"gguf_file": gguf, "revision": revision}.items()
-        if value is not None
+def _require_standard_attention(text: "PreTrainedConfig", what: str) -> None:
+    if getattr(text, "kv_lora_rank", None) or getattr(text, "qk_rope_head_dim", None):
+        raise ValueError(
+            f"model.path: expected standard attention, got multi-head latent attention in {what}"
+        )
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    if both_ways or getattr(text, "is_causal", True) is False:
+        raise ValueError(
+            f"model.path: expected a causal language model, got bidirectional attention in {what}"
+        )
+
+
+def _rotary_dim(model: "PreTrainedModel", what: str) -> int:
+    """Rotated dimensions of a head: twice the angles in a rotary buffer, the same in all layers."""
+    sizes = {
+        getattr(module, f"{prefix}inv_freq").numel() for module, prefix in rotary_buffers(model)
     }
-
-
-def _skeleton(config: "PreTrainedConfig", path: str, dtype: str | None = None) -> "PreTrainedModel":
-    """The model on the meta device: every module and shape, no weights, well under a second even for large ones."""
-    from transformers import AutoModelForCausalLM
-
-    heads = config.architectures or []
-    if heads and not any(name.endswith(_LANGUAGE_HEADS) for name in heads):
+    if not sizes:
         raise ValueError(
-            f"model.path: expected a causal language model, got {heads[0]} in {path!r}"
+            "model.path: expected a model with rotary position embeddings (RoPE) in an inv_freq "
+            f"buffer, got {what}, which has none"
         )
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, **({"dtype": DTYPES[dtype]} if dtype else {})
-            )
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    if len(sizes) != 1:
         raise ValueError(
-            f"model.path: expected a causal language model, got {config.model_type} in {path!r}: {reason}"
-        ) from error
+            f"model.path: expected one rotary size in all layers, got {sorted(sizes)} in {what}"
+        )
+    return 2 * sizes.pop()
 
 
-def _rotary_buffers(model: "PreTrainedModel") -> list[tuple[nn.Module, str]]:
-    """Every rotary module that serves full attention, with the prefix of its attributes.
-
-    Found by structure, not by family: a module of the decoder with an ``inv_freq`` buffer and an
-    ``attention_scaling``, or the ``full_attention_`` ones where a family keeps one set for each layer type.
-    """
-    found = []
-    for module in model.get_decoder().modules():
-        names = dict(module.named_buffers(recurse=False))
-        for prefix in ("", "full_attention_"):
-            if f"{prefix}inv_freq" in names and hasattr(module, f"{prefix}attention_scaling"):
-                found.append((module, prefix))
-    return found
-
-
-def _unscaled_rope(text: "PreTrainedConfig", what: str) -> dict[str, Any]:
+def _unscaled_rope(config: "PreTrainedConfig", what: str) -> dict[str, Any]:
     """The RoPE parameters of the full-attention layers, which must be of type ``default``.
 
     Raises:
-        ValueError: if the checkpoint was already extended, or rotates by something else than token positions.
+        ValueError: if the checkpoint was already extended, or rotates by something else than
+            token positions.
     """
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    rope_type = (rope or {}).get("rope_type", "default")
+    rope = full_attention_rope(config)
     if not rope or "mrope_section" in rope or rope.get("rope_theta") is None:
         raise ValueError(
             f"model.path: expected standard RoPE parameters with a rope_theta, got {rope} in {what}"
         )
+    rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
         raise ValueError(
-            f"model.path: expected RoPE of type 'default', got {rope_type!r} in {what}: this checkpoint was already "
-            "extended. Start from the un-extended base model; if its weights were never trained with that scaling, "
-            'set rope_type to "default" in a copy of its config.json'
+            f"model.path: expected RoPE of type 'default', got {rope_type!r} in {what}: this "
+            "checkpoint was already extended. Start from the un-extended base model; if its "
+            'weights were never trained with that scaling, set rope_type to "default" in a copy '
+            "of its config.json"
         )
     return rope
+
+
+def _original_length(text: "PreTrainedConfig") -> int:
+    """The pre-trained window that a config says.
+
+    Phi-3's config class has ``original_max_position_embeddings`` 4096 even where nobody wrote it,
+    so the smaller one counts.
+    """
+    own = getattr(text, "original_max_position_embeddings", None)
+    return int(min(length for length in (text.max_position_embeddings, own) if length))
+
+
+def _inner_width(text: "PreTrainedConfig") -> int:
+    """Inner width of the MLP, or of all experts that one token is sent to, shared ones included."""
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    num_experts = getattr(text, "num_experts_per_tok", None)
+    if not num_experts:
+        return int(width)
+    one = getattr(text, "moe_intermediate_size", None) or width
+    num_shared = getattr(text, "n_shared_experts", None) or 0
+    shared = getattr(text, "shared_expert_intermediate_size", None) or one * num_shared
+    return int(num_experts * one + shared)
+
+
+def _window_of_every_layer(text: "PreTrainedConfig") -> int | None:
+    """The sliding window, if every layer has one."""
+    if not getattr(text, "use_sliding_window", True):
+        return None
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None and set(layer_types) != {"sliding_attention"}:
+        return None
+    return getattr(text, "sliding_window", None) or None
 
 
 def _require_unscaled_gguf(file: Path, rotary_dim: int, what: str) -> None:
@@ -285,45 +216,17 @@ def _require_unscaled_gguf(file: Path, rotary_dim: int, what: str) -> None:
         for name, field in reader.fields.items()
         if ".rope." in name
     }
-    kind, rotated = (
-        said.get("rope.scaling.type", "none"),
-        said.get("rope.dimension_count", rotary_dim),
-    )
+    kind = said.get("rope.scaling.type", "none")
     tables = [t.name for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
     if kind != "none" or tables:
         raise ValueError(
-            f"model.path: expected a GGUF with unscaled RoPE, got {', '.join([f'scaling {kind!r}', *tables])} in {what}: "
-            f"this checkpoint was already extended. Start from the un-extended base model"
+            "model.path: expected a GGUF with unscaled RoPE, "
+            f"got {', '.join([f'scaling {kind!r}', *tables])} in {what}: "
+            "this checkpoint was already extended. Start from the un-extended base model"
         )
+    rotated = said.get("rope.dimension_count", rotary_dim)
     if rotated != rotary_dim:
         raise ValueError(
-            f"model.path: expected {rotary_dim} rotated dimensions, which is what transformers makes of this GGUF, got "
-            f"{rotated} in {what}; use the model's own files"
-        )
-
-
-def _window_of_every_layer(text: "PreTrainedConfig") -> int | None:
-    window = getattr(text, "sliding_window", None)
-    if not getattr(text, "use_sliding_window", True):
-        return None
-    layer_types = getattr(text, "layer_types", None)
-    return (
-        window
-        if window and (layer_types is None or set(layer_types) == {"sliding_attention"})
-        else None
-    )
-
-
-def require_sight(spec: ModelSpec, path: str, target_length: int) -> None:
-    """Refuse a model none of whose layers sees as far as the target: no factors find what is out of sight.
-
-    Raises:
-        ValueError: naming the field to change.
-    """
-    window = spec.sliding_window
-    if window is not None and window < target_length:
-        raise ValueError(
-            f"model.sliding_window: expected {target_length} tokens (search.target_length) or more in some layer, got a "
-            f"window of {window} in every layer of {path!r}; a needle farther away would be out of sight, whatever the "
-            f"factors. Set it to {target_length} to let every layer see the whole input"
+            f"model.path: expected {rotary_dim} rotated dimensions, which is what transformers "
+            f"makes of this GGUF, got {rotated} in {what}; use the model's own files"
         )

@@ -1,7 +1,4 @@
-"""The recipe of a run: one TOML file, every field checked before anything expensive starts.
-
-Field descriptions below are the reference; ``longrope2 recipe`` prints them.
-"""
+"""Loading a recipe: a TOML file, overrides from the command line, and messages for mistakes."""
 
 import difflib
 import tomllib
@@ -18,37 +15,39 @@ from pydantic_settings import (
 
 from longrope2_ray.errors import RecipeError
 from longrope2_ray.recipe.fields import field_names
+from longrope2_ray.recipe.model import ModelSection
 from longrope2_ray.recipe.recipe import Recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+# Where the shipped recipes lie: in an installed package, and in a checkout.
+RECIPE_FOLDERS = (
+    Path(__file__).parents[1] / "recipes",
+    Path(__file__).parents[2] / "jobs" / "recipes",
+)
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file, or one that the package ships by name.
+    """Find a recipe by its path, or by its name if the package ships it.
 
     Raises:
-        RecipeError: if there is neither.
+        RecipeError: if there is no such file and no such name.
     """
-    for path in (
-        Path(name),
-        RECIPES / f"{name}.toml",
-        RECIPES.parent.parent / "jobs" / "recipes" / f"{name}.toml",
-    ):
-        with suppress(OSError):  # a name that is too long for a file's
+    for path in (Path(name), *(folder / f"{name}.toml" for folder in RECIPE_FOLDERS)):
+        with suppress(OSError):  # the name is too long for a file
             if path.is_file():
                 return path
-    shipped = sorted(
-        p.stem
-        for d in (RECIPES, RECIPES.parent.parent / "jobs" / "recipes")
-        for p in d.glob("*.toml")
-    )
+    shipped = sorted(path.stem for folder in RECIPE_FOLDERS for path in folder.glob("*.toml"))
     raise RecipeError(
-        f"recipe: expected a TOML file or one of {', '.join(shipped)}, got {name!r}, which does not exist"
+        f"recipe: expected a TOML file or one of {', '.join(shipped)}, got {name!r}, "
+        f"which does not exist"
     )
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe and lay ``--section.field value`` overrides over it.
+    """Load a recipe and apply overrides to its fields.
+
+    Args:
+        name: a TOML file, or the name of a shipped recipe.
+        overrides: words as on the command line, such as ``["--search.seed", "1"]``.
 
     Raises:
         RecipeError: if the file is missing or not TOML, or any field is unknown or out of range.
@@ -69,9 +68,22 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
 
 
+def model_section(path: str, **fields: Any) -> ModelSection:
+    """Make the model section of a model that no recipe names, such as a command line's.
+
+    Raises:
+        RecipeError: if a field is out of range, or the path carries a secret.
+    """
+    try:
+        return ModelSection(path=path, **fields)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"model.{line}" for line in _lines(error))) from error
+
+
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields that the words set, as nested dictionaries."""
     names = {name.replace("_", "-") for name in field_names(Recipe)}
-    # --search.top_k is --search.top-k
+    # --search.top_k is accepted as --search.top-k
     parts = [argument.partition("=") for argument in arguments]
     arguments = [
         (flag.replace("_", "-") if flag.startswith("--") else flag) + eq + value
@@ -104,7 +116,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(error: ValidationError) -> list[str]:
-    """One line for each wrong field; the branches of a union complain apart."""
+    """One line for each wrong field; pydantic has an error for each branch of a union."""
     first: dict[str, str] = {}
     for complaint in error.errors():
         line = _explain(complaint)
@@ -115,7 +127,9 @@ def _lines(error: ValidationError) -> list[str]:
 
 
 def _explain(error: Any) -> str:
-    branches = ("float", "literal[")  # of a union: no part of the field's name
+    """One error of pydantic as ``section.field: what was expected, what was got``."""
+    # Names of a union's branches are no part of the field's name.
+    branches = ("float", "literal[")
     location = ".".join(
         part for part in error["loc"] if isinstance(part, str) and not part.startswith(branches)
     )
@@ -124,12 +138,11 @@ def _explain(error: Any) -> str:
         return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{location}: missing, and it has no default"
-    if error["type"] in ("missing", "too_long"):  # every tuple of a recipe is a pair
+    if error["type"] in ("missing", "too_long"):  # the tuples of a recipe are pairs
         return f"{location}: expected two numbers, got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":
-        joint = (
-            ": " if message.startswith("expected") else "."
-        )  # a section's own check names its field
+        # The check of a whole section begins its message with the name of the field.
+        joint = ": " if message.startswith("expected") else "."
         return f"{location}{joint}{message}" if location else message
     return f"{location}: {message}, got {error['input']!r}"

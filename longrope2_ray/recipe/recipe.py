@@ -1,5 +1,7 @@
 """The whole recipe."""
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -7,25 +9,26 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from longrope2_ray.recipe.identity import SEARCH
+from longrope2_ray.recipe.model import ModelSection
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.recipe.sections import (
-    ModelSection,
     NeedleSection,
     ReportSection,
     ScorerSection,
-    SearchSection,
     StorageSection,
 )
 from longrope2_ray.recipe.training import DataSection, TrainSection
 
 
 class Recipe(BaseSettings):
-    """A whole run. Unknown keys are refused, with the nearest valid one."""
+    """The recipe of a whole run; unknown keys are refused, with the nearest valid one."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, cli_kebab_case=True, cli_avoid_json=False
     )
 
-    name: str = Field(
+    name: Annotated[str, SEARCH] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run and its directory."
     )
     model: ModelSection
@@ -48,15 +51,14 @@ class Recipe(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (
-            init_settings,
-        )  # a recipe comes from its file and the command line, never from the environment
+        # A recipe comes from its file and the command line, never from the environment.
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         if shared := sorted(set(self.needles.text) & set(self.report.text)):
             raise ValueError(
-                f"report.text: expected other texts than needles.text, so that what is reported is held out, got "
-                f"{', '.join(shared)} in both"
+                f"report.text: expected other texts than needles.text, so that what is reported is "
+                f"held out, got {', '.join(shared)} in both"
             )
         return self

@@ -1,10 +1,12 @@
-"""The sections of a recipe that data and training read."""
+"""The recipe's sections for training data and for training."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from longrope2_ray.recipe.sections import Location, Positive, Section
+from longrope2_ray.recipe.base import Location, Positive, Section
+from longrope2_ray.recipe.identity import FREE, TRAINING, PartOf
+from longrope2_ray.storage.rundir import require_free_name
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -12,48 +14,66 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class SourceSection(Section):
     """One source of training documents."""
 
-    name: str = Field(description="Name in the manifest and in messages.")
-    path: list[Location] = Field(
-        description="Files, directories, globs or URLs of .jsonl, .parquet or text files, or hf://<dataset id>. "
-        "All their documents are tokenised before the quotas choose, so name a sample of a large collection.",
+    name: Annotated[str, FREE] = Field(description="Name in the manifest and in messages.")
+    path: Annotated[list[Location], FREE] = Field(
+        description="Files, directories, globs or URLs of .jsonl, .parquet or text files, "
+        "hf://<dataset id>, bundled:<texts> or generated:retrieval. All their documents are "
+        "tokenized before the quotas choose, so name a sample of a large collection.",
     )
-    field: str = Field(
+    field: Annotated[str, PartOf("tokens")] = Field(
         "text", description="Field or column that holds the text, in .jsonl and .parquet."
     )
-    split: Literal["file", "blank_line", "line"] = Field(
+    split: Annotated[Literal["file", "blank_line", "line"], PartOf("tokens")] = Field(
         "file",
-        description="In text files, what ends a document: the end of the file, a blank line, or each line.",
+        description="In text files, what ends a document: the end of the file, a blank line, or "
+        "each line.",
     )
-    piece_tokens: int | None = Field(
+    piece_tokens: Annotated[int | None, PartOf("tokens")] = Field(
         None,
         ge=3,
-        description="Cut longer documents into pieces of at most this many tokens, BOS and EOS included.",
+        description="Cut longer documents into pieces of at most this many tokens, BOS and EOS "
+        "included.",
     )
-    weight: float = Field(
+    weight: Annotated[float, PartOf("segments")] = Field(
         1.0, gt=0, description="Share of a band's tokens, relative to its other sources."
     )
 
 
 class BandSection(Section):
-    """Documents of one range of lengths: longer than the band before, at most ``max_tokens`` tokens."""
+    """Documents of one range of lengths.
 
-    max_tokens: Positive = Field(description="Longest document of the band, BOS and EOS included.")
-    tokens: Positive = Field(description="Tokens taken from it.")
-    sources: list[str] = Field(
-        [], description="Names of the sources it is taken from; all unless given."
+    They are longer than those of the band before, and have at most ``max_tokens`` tokens.
+    """
+
+    max_tokens: Annotated[Positive, PartOf("segments")] = Field(
+        description="Longest document of the band, BOS and EOS included."
+    )
+    tokens: Annotated[Positive, PartOf("segments")] = Field(
+        description="Tokens taken from the band."
+    )
+    sources: Annotated[list[str], PartOf("segments")] = Field(
+        [], description="Names of the band's sources; all unless given."
     )
 
 
 class DataSection(Section):
-    """Training data: documents by length into short and long segments of exactly the target length (Table 1)."""
+    """The training data: documents, by length, in short and long segments (Table 1).
+
+    A segment has exactly ``search.target_length`` tokens.
+    """
 
     sources: list[SourceSection] = Field(min_length=1, description="Where documents come from.")
-    bands: list[BandSection] = Field(
+    bands: Annotated[list[BandSection], PartOf("segments")] = Field(
         min_length=1,
-        description="Token quotas by document length, ascending; bands up to the original length make short segments.",
+        description="Token quotas by document length, ascending; bands up to the original length "
+        "make short segments.",
     )
-    num_shards: Positive = Field(16, description="Parquet shards; part of the result.")
-    seed: int = Field(0, ge=0, description="Seed of the order of documents.")
+    num_shards: Annotated[Positive, PartOf("tokens")] = Field(
+        16, description="Parquet shards; part of the result."
+    )
+    seed: Annotated[int, PartOf("tokens")] = Field(
+        0, ge=0, description="Seed of the order of documents."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataSection":
@@ -66,58 +86,86 @@ class DataSection(Section):
         unknown = [name for band in self.bands for name in band.sources if name not in names]
         if unknown:
             raise ValueError(
-                f"bands.sources: expected names of data.sources ({', '.join(names)}), got {unknown[0]!r}"
+                f"bands.sources: expected names of data.sources ({', '.join(names)}), "
+                f"got {unknown[0]!r}"
             )
         return self
 
 
 class TrainSection(Section):
-    """Mixed context window training (Sec. 3.3); the defaults are the paper's, and its authors' where it is silent."""
+    """Mixed context window training (Sec. 3.3).
 
-    name: str = Field(
+    The defaults are the paper's; where it gives none, those of its authors' code.
+    """
+
+    name: Annotated[str, FREE] = Field(
         "train",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="Folder of this training in the run directory; trainings beside each other share search and data.",
+        description="Folder of this training in the run directory; trainings beside each other "
+        "share search and data.",
     )
-    factors: str = Field(
+    factors: Annotated[str, TRAINING] = Field(
         "winner",
-        description="Rescale factors: the run's winner, a baseline method, or a file that holds a vector.",
+        description="Rescale factors: the run's winner, a baseline method, or a file that holds a "
+        "vector.",
     )
-    mixed: bool = Field(
+    mixed: Annotated[bool, TRAINING] = Field(
         True,
-        description="Original RoPE in short segments; off is Table 7's ablation: rescaled RoPE everywhere.",
+        description="Original RoPE in short segments; off is Table 7's ablation: rescaled RoPE "
+        "everywhere.",
     )
-    max_steps: Positive | None = Field(None, description="Optimizer steps; one epoch unless given.")
-    global_batch_size: Positive = Field(
+    max_steps: Annotated[Positive | None, TRAINING] = Field(
+        None, description="Optimizer steps; one epoch unless given."
+    )
+    global_batch_size: Annotated[Positive, TRAINING] = Field(
         64, description="Segments of one optimizer step, over all workers."
     )
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(
+    learning_rate: Annotated[float, TRAINING] = Field(
+        2e-5, gt=0, description="Peak learning rate of AdamW."
+    )
+    warmup_steps: Annotated[int, TRAINING] = Field(
         40, ge=0, description="Steps of linear warm-up; a cosine to zero follows."
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Betas of AdamW.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    seed: int = Field(0, ge=0, description="Seed of the order of segments.")
-    dtype: Literal["float32", "bfloat16"] = Field(
+    betas: Annotated[tuple[Beta, Beta], TRAINING] = Field(
+        (0.9, 0.95), description="Betas of AdamW."
+    )
+    weight_decay: Annotated[float, TRAINING] = Field(
+        0.0, ge=0, description="Weight decay of AdamW."
+    )
+    max_grad_norm: Annotated[float, TRAINING] = Field(
+        1.0, gt=0, description="Gradients are clipped to this norm."
+    )
+    seed: Annotated[int, TRAINING] = Field(0, ge=0, description="Seed of the order of segments.")
+    dtype: Annotated[Literal["float32", "bfloat16"], TRAINING] = Field(
         "bfloat16", description="Compute type; master weights are float32."
     )
-    num_workers: int = Field(
+    num_workers: Annotated[int, FREE] = Field(
         0, ge=0, description="Training processes; 0 takes every GPU of the cluster, or one CPU."
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for one worker.")
-    threads: Positive = Field(1, description="CPU threads of one worker; part of the result.")
-    sequence_parallel: Positive = Field(
-        1,
-        description="Workers that share one segment (Ulysses); divides the number of workers and of KV heads.",
+    cpus_per_worker: Annotated[float, FREE] = Field(
+        1, gt=0, description="CPUs reserved for one worker."
     )
-    activation_checkpointing: bool = Field(
+    threads: Annotated[Positive, FREE] = Field(
+        1, description="CPU threads of one worker; part of the result."
+    )
+    sequence_parallel: Annotated[Positive, FREE] = Field(
+        1,
+        description="Workers that share one segment (Ulysses); divides the number of workers and "
+        "of KV heads.",
+    )
+    activation_checkpointing: Annotated[bool, FREE] = Field(
         True, description="Recompute each layer in the backward pass."
     )
-    loss_chunk_tokens: Positive = Field(2048, description="Tokens whose logits exist at once.")
-    checkpoint_steps: Positive = Field(50, description="Steps between checkpoints.")
-    logging_steps: Positive = Field(1, description="Steps between lines of the log.")
-    max_failures: int = Field(
+    loss_chunk_tokens: Annotated[Positive, FREE] = Field(
+        2048, description="Tokens whose logits exist at once."
+    )
+    checkpoint_steps: Annotated[Positive, FREE] = Field(
+        50, description="Steps between checkpoints."
+    )
+    logging_steps: Annotated[Positive, FREE] = Field(
+        1, description="Steps between lines of the log."
+    )
+    max_failures: Annotated[int, FREE] = Field(
         100,
         ge=-1,
         description="Deaths of a worker or node that one command survives; -1 for no limit.",
@@ -125,8 +173,8 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSection":
-        if self.name in ("data", "scores", "generations"):
-            raise ValueError(
-                f"name: expected a folder of its own in the run directory, got {self.name!r}"
-            )
+        try:
+            require_free_name(self.name)
+        except ValueError as error:
+            raise ValueError(f"name: {error}") from None
         return self

@@ -1,24 +1,29 @@
-"""Progress on a terminal and in the job's log."""
+"""Progress of a search on a terminal and in the job's log."""
 
 import json
-import logging
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrope2_ray.search.status import Status
 
-log = logging.getLogger("longrope2")
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def log_generation(status: Status, event: str) -> None:
-    """One JSON line a generation in the job's log; a terminal has the bar, and status.json the same."""
+    """Print one JSON line for each generation to stderr, unless that is a terminal with a bar."""
     if event != "units" and not sys.stderr.isatty():
-        print(json.dumps({"event": event, **_rounded(asdict(status))}), file=sys.stderr, flush=True)
+        values = {name: _rounded(value) for name, value in asdict(status).items()}
+        print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
 
 
-def progress_bar() -> tuple[Any, Any]:
-    """A bar on a terminal, silent elsewhere, and its one task; fields ``best`` and ``eta``."""
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def progress_bar() -> tuple["Progress", "TaskID"]:
+    """Return a bar and its one task with fields ``best`` and ``eta``; silent off a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -38,24 +43,19 @@ def progress_bar() -> tuple[Any, Any]:
 
 
 class ProgressBar:
-    """Generations, units, the best so far and the ETA of a search."""
+    """Observer of a search that shows generations, units, the best candidate and the ETA."""
 
     def __init__(self) -> None:
         self._progress, self._task = progress_bar()
 
     def __call__(self, status: Status, event: str) -> None:
-        best = (
-            f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}"
-            if status.best_ppl
-            else ""
-        )
         eta = f"ETA {format_seconds(status.eta_seconds)}" if status.eta_seconds else ""
         self._progress.update(
             self._task,
             description=f"{status.state}, {status.units_done} units",
             completed=status.generation,
             total=status.iterations,
-            best=best,
+            best=format_best(status),
             eta=eta,
         )
 
@@ -64,14 +64,17 @@ class ProgressBar:
         self._progress.stop()
 
 
+def format_best(status: Status) -> str:
+    """Return the best perplexity and where it was found; nothing before the first generation."""
+    if not status.best_ppl:
+        return ""
+    return f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}"
+
+
 def format_seconds(seconds: float | None) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Return a time as ``1:02:03`` or ``2:03``."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}

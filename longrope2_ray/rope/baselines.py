@@ -10,17 +10,17 @@ from longrope2_ray.rope.geometry import RopeGeometry
 
 
 def su_attention_factor(ratio: float, original_length: float) -> float:
-    """``sqrt(1 + ln ratio / ln L0)``: LongRoPE's and HF ``longrope``'s default temperature."""
+    """The attention factor ``sqrt(1 + ln ratio / ln L0)`` of LongRoPE and HF's ``longrope``."""
     return math.sqrt(1 + math.log(ratio) / math.log(original_length)) if ratio > 1 else 1.0
 
 
 def yarn_attention_factor(ratio: float) -> float:
-    """``0.1 ln ratio + 1`` (YaRN, Eq. 22)."""
+    """The attention factor ``0.1 ln ratio + 1`` of YaRN (its Eq. 22)."""
     return 0.1 * math.log(ratio) + 1 if ratio > 1 else 1.0
 
 
 def unscaled(geometry: RopeGeometry, target_length: int) -> np.ndarray:
-    """The model as it is: ones."""
+    """The original RoPE: every factor 1."""
     return np.ones(geometry.num_cosines)
 
 
@@ -45,7 +45,7 @@ def ntk(geometry: RopeGeometry, target_length: int) -> np.ndarray:
 
 
 def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
-    """NTK whose base makes the factor reach the ratio at ``critical_dim`` instead of ``d_tcd`` (Table 5)."""
+    """NTK whose factor reaches the ratio at ``critical_dim`` instead of ``d_tcd`` (Table 5)."""
     ratio = target_length / geometry.original_length
     return ratio ** (np.arange(geometry.num_cosines) / max(critical_dim, 1))
 
@@ -66,7 +66,10 @@ def _dim_of_rotations(geometry: RopeGeometry, rotations: float) -> float:
 def yarn(
     geometry: RopeGeometry, target_length: int, alpha: float = 1.0, beta: float = 32.0
 ) -> np.ndarray:
-    """YaRN's by-parts ramp between ``beta`` and ``alpha`` rotations in L0 (as in transformers, bounds truncated)."""
+    """YaRN's by-parts ramp between ``beta`` and ``alpha`` rotations in L0.
+
+    The bounds are truncated to whole dimensions, as in transformers.
+    """
     low = max(math.floor(_dim_of_rotations(geometry, beta)), 0)
     high = min(math.ceil(_dim_of_rotations(geometry, alpha)), geometry.rotary_dim - 1)
     return _yarn_ramp(geometry, target_length, low, high)
@@ -95,7 +98,7 @@ def llama3(
 
 
 def longrope2_start(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np.ndarray:
-    """LongRoPE2 before any search: the ratio as constant tail from ``critical_dim``, the NTK head derived from it."""
+    """LongRoPE2 before any search: a constant tail of the ratio, and the NTK head it implies."""
     ratio = target_length / geometry.original_length
     return assemble(critical_dim, np.full(geometry.num_cosines - critical_dim, ratio))
 
@@ -121,7 +124,7 @@ METHODS = (*PLAIN, *WITH_CRITICAL_DIM)
 
 
 def require_methods(names: Iterable[str]) -> None:
-    """Refuse a row of the tables that there is no method for.
+    """Refuse names of methods that do not exist.
 
     Raises:
         ValueError: naming the field to change.
@@ -141,10 +144,17 @@ def baseline(
     critical_dim: int | None = None,
     attention_factor: float = 1.0,
 ) -> RescaleFactors:
-    """The factor vector of ``method``; ``critical_dim`` (default ``d_tcd``) is used by the methods that have one.
+    """The factor vector of a published method.
+
+    Args:
+        method: one of ``METHODS``.
+        geometry: the model's RoPE.
+        target_length: L in tokens, which the ratio follows from.
+        critical_dim: cosine index for the methods that have one; ``d_tcd`` unless given.
+        attention_factor: carried along as it is.
 
     Raises:
-        ValueError: if the method or the critical dimension is unknown to this geometry.
+        ValueError: if the method is unknown, or the critical dimension is not one of this geometry.
     """
     if method in PLAIN:
         return RescaleFactors(
@@ -155,7 +165,8 @@ def baseline(
     dim = geometry.theoretical_critical_dim if critical_dim is None else critical_dim
     if not 0 < dim < geometry.num_cosines:
         raise ValueError(
-            f"--critical-dim: expected a cosine index in 1 ... {geometry.num_cosines - 1}, got {dim}"
+            f"--critical-dim: expected a cosine index in 1 ... {geometry.num_cosines - 1}, "
+            f"got {dim}"
         )
     return RescaleFactors(
         WITH_CRITICAL_DIM[method](geometry, target_length, dim), attention_factor, dim, method

@@ -1,8 +1,8 @@
-"""A validated vector of RoPE rescale factors, and the NTK head that LongRoPE2 derives from a searched tail."""
+"""RoPE rescale factors, and the NTK head that LongRoPE2 derives from a searched tail."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,21 +12,26 @@ import numpy as np
 class RescaleFactors:
     """One factor per cosine index: the rescaled angle is ``theta_i / values[i]`` (Eq. 8).
 
+    The same object goes from a candidate to the rotary buffers. It is validated where it is made;
+    what pickle brings to another process is only made read-only again.
+
     Attributes:
         values: (d/2,) float64, read-only, finite and positive.
-        attention_factor: the temperature applied to queries and keys' product through cos and sin; 1.0 is none.
+        attention_factor: what cos and sin are multiplied by, so that its square scales the
+            attention logits; 1.0 leaves them alone.
         critical_dim: the first cosine index of the searched tail, where the vector has one.
         source: where it came from, for tables and messages.
         start_tokens: positions below it keep the original angles (LongRoPE's ``n_hat``); 0 is none.
 
     Raises:
-        ValueError: if an entry is not finite and positive, or the vector is not flat.
+        ValueError: if an entry is not finite and positive, the vector is not flat, the attention
+            factor is not finite and positive, or ``start_tokens`` is negative.
     """
 
     values: np.ndarray
     attention_factor: float = 1.0
     critical_dim: int | None = None
-    source: str = field(default="")
+    source: str = ""
     start_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -50,20 +55,26 @@ class RescaleFactors:
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a pickled state, whose array numpy would leave writable."""
+        self.__dict__.update(state)
+        self.values.flags.writeable = False
+
     @property
     def monotone(self) -> bool:
-        """Whether the factors never decrease; published LongRoPE v1 vectors do not always hold it."""
+        """Whether the factors never decrease; some published LongRoPE v1 vectors do."""
         return bool(np.all(np.diff(self.values) >= 0))
 
     def require_length(self, num_cosines: int) -> "RescaleFactors":
-        """Itself, if it fits a model with ``num_cosines`` cosine dimensions.
+        """The vector itself, if it fits a model with ``num_cosines`` cosine dimensions.
 
         Raises:
             ValueError: if the vector has another length.
         """
         if len(self.values) != num_cosines:
             raise ValueError(
-                f"factors: expected {num_cosines} numbers, one per cosine dimension of this model, got {len(self.values)}"
+                f"factors: expected {num_cosines} numbers, one per cosine dimension of this model, "
+                f"got {len(self.values)}"
             )
         return self
 
@@ -71,7 +82,8 @@ class RescaleFactors:
 def ntk_head(first: float, critical_dim: int) -> np.ndarray:
     """Factors below the critical dimension when NTK's base meets the tail's first entry.
 
-    ``base' = base * first^(d / (2 d_rcd))``, hence ``lambda_i = first^(i / d_rcd)``; (d_rcd,) float64.
+    ``base' = base * first^(d / (2 d_rcd))``, hence ``lambda_i = first^(i / d_rcd)``;
+    (d_rcd,) float64.
     """
     return first ** (np.arange(critical_dim) / max(critical_dim, 1))
 
@@ -83,7 +95,7 @@ def assemble(critical_dim: int, tail: Sequence[float] | np.ndarray) -> np.ndarra
 
 
 def factors_from_json(text: str, source: str) -> RescaleFactors:
-    """Read a vector from a plain JSON list, a ``winner.json``, or an HF config with a ``long_factor``.
+    """Read a vector from a JSON list, a ``winner.json``, or an HF config with a ``long_factor``.
 
     Raises:
         ValueError: if the text is none of them.
@@ -96,10 +108,9 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
         return RescaleFactors(_numbers(data, source), source=source)
     if isinstance(data, dict):
         rope = data.get("rope_parameters")
-        of_full = (
-            rope.get("full_attention") if isinstance(rope, dict) else None
-        )  # where layer types have their own
-        for section in (data, rope, of_full, data.get("rope_scaling")):
+        # where each layer type has RoPE parameters of its own
+        full = rope.get("full_attention") if isinstance(rope, dict) else None
+        for section in (data, rope, full, data.get("rope_scaling")):
             if not isinstance(section, dict):
                 continue
             values = section.get("factors", section.get("long_factor"))
@@ -112,7 +123,8 @@ def factors_from_json(text: str, source: str) -> RescaleFactors:
                     start_tokens=_whole(section, "start_tokens", 0, source) or 0,
                 )
     raise ValueError(
-        f"--factors: expected a JSON list of numbers, a winner.json or an HF config with long_factor in {source}"
+        "--factors: expected a JSON list of numbers, a winner.json or an HF config with "
+        f"long_factor in {source}"
     )
 
 

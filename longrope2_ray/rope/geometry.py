@@ -1,4 +1,4 @@
-"""The geometry of rotary position embeddings: angles, periods, critical dimensions (LongRoPE2, Eq. 5-10)."""
+"""Rotary position embeddings: angles, periods, critical dimensions (LongRoPE2, Eq. 5-10)."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeGeometry:
-    """What is fixed about a model's RoPE before any rescaling.
+    """A model's RoPE before any rescaling.
 
-    Every ``_dim`` is a cosine index ``i`` in ``0 ... num_cosines - 1``, counted from zero; one cosine index stands
-    for the pair of rotary dimensions that turn at the same angle.
+    Every ``_dim`` is a cosine index ``i`` in ``0 ... num_cosines - 1``, counted from zero; one
+    cosine index stands for the pair of rotary dimensions that turn at the same angle.
 
     Attributes:
         head_dim: size of one attention head.
-        rotary_dim: how many of its dimensions are rotated (``head_dim * partial_rotary_factor``), even.
+        rotary_dim: how many of its dimensions are rotated, an even number
+            (``head_dim * partial_rotary_factor``).
         base: RoPE base, ``theta`` in the papers.
         original_length: pre-trained window L0, in tokens.
     """
@@ -41,7 +42,7 @@ class RopeGeometry:
 
     @property
     def num_cosines(self) -> int:
-        """Length of a factor vector, ``d/2``."""
+        """The length of a factor vector, ``d/2``."""
         return self.rotary_dim // 2
 
     @property
@@ -55,10 +56,15 @@ class RopeGeometry:
         return 2 * math.pi / self.angles
 
     def dim_with_periods(self, num_periods: float, length_tokens: float | None = None) -> int:
-        """The first cosine index that completes fewer than ``num_periods`` turns within ``length_tokens`` (default L0).
+        """The first cosine index that completes fewer than ``num_periods`` turns in a length.
 
-        ``ceil(d/2 * log_base(L / (2 pi num_periods)))``, clipped to ``0 ... d/2 - 1``. The authors' tool prints
-        one less; this is the formula of the paper (Eq. 7), as a cosine index counted from zero.
+        ``ceil(d/2 * log_base(L / (2 pi num_periods)))``, clipped to ``0 ... d/2 - 1``. The
+        authors' tool prints one less; this is the formula of the paper (Eq. 7), as a cosine index
+        counted from zero.
+
+        Args:
+            num_periods: full turns.
+            length_tokens: L; the original length L0 unless given.
         """
         length = self.original_length if length_tokens is None else length_tokens
         turns = length / (2 * math.pi * num_periods)
@@ -69,10 +75,10 @@ class RopeGeometry:
 
     @property
     def theoretical_critical_dim(self) -> int:
-        """``d_tcd``: the first dimension that never completed one period in pre-training (Eq. 7)."""
+        """``d_tcd``, the first dimension that completed no period in pre-training (Eq. 7)."""
         return self.dim_with_periods(1)
 
     @property
     def ten_period_dim(self) -> int:
-        """``d_10``: where a period fits ten times into L0; the search starts here (Alg. 1, line 2)."""
+        """``d_10``, the first dimension with fewer than ten periods in L0 (Alg. 1, line 2)."""
         return self.dim_with_periods(10)

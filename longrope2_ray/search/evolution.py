@@ -1,7 +1,7 @@
-"""LongRoPE2's search for the critical dimension and the factors beyond it (Alg. 1 and 2), as ask and tell.
+"""LongRoPE2's evolutionary search (Algorithms 1 and 2), as ask and tell.
 
-A candidate is a critical dimension and the tail of factors from there on, non-decreasing inside the bounds; the head is
-derived (NTK, Eq. 9). Nothing here knows how candidates are scored.
+A candidate is a critical dimension and the tail of factors from there on, non-decreasing inside the
+bounds; the head is derived from the tail (NTK, Eq. 9). How candidates are scored stands elsewhere.
 """
 
 import math
@@ -11,23 +11,176 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longrope2_ray.errors import StoppedError
-from longrope2_ray.recipe.sections import SearchSection
-from longrope2_ray.search.mutation import (
-    CROSSOVERS,
-    MAX_TRIES,
-    MUTATIONS,
-    MutationContext,
-    shift_tail,
-)
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.search.space import Candidate, SearchSpace
+from longrope2_ray.search.variation import Variation
+
+MAX_TRIES = 200  # for an offspring that is new; a space that gives none has been exhausted
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The whole state of a search between two calls of ``tell``.
+
+    Attributes:
+        index: 0 for the initial population.
+        survivors: the best candidates of the generations told so far, best first.
+        totals: id -> summed NLL of each survivor.
+        candidates: those that have to be scored now.
+    """
+
+    index: int
+    survivors: tuple[Candidate, ...]
+    totals: Mapping[str, float]
+    candidates: tuple[Candidate, ...]
+
+
+class Evolution:
+    """LongRoPE2's evolutionary search.
+
+    ``ask`` returns the candidates of the open generation, the same ones until ``tell`` closes it.
+    The random stream of a generation depends on the seed and its index alone, so that a search
+    told the same totals takes the same way, however often it was interrupted.
+
+    Raises:
+        ValueError: if the population cannot hold one candidate for each critical dimension.
+    """
+
+    def __init__(self, space: SearchSpace, settings: SearchSection):
+        _require_room(space, settings.population_size)
+        self.space = space
+        self.settings = settings
+        self._variation = Variation(space, settings)
+        self._seen: set[str] = set()
+        self.generation = Generation(0, (), {}, self._initial_population())
+        self._seen.update(candidate.id for candidate in self.generation.candidates)
+
+    def ask(self) -> tuple[Candidate, ...]:
+        """Return the candidates that have to be scored; none once the search is finished."""
+        return () if self.finished else self.generation.candidates
+
+    def tell(self, totals: Mapping[str, float]) -> None:
+        """Close the generation with the summed NLL of every candidate that was scored completely.
+
+        Candidates missing from ``totals`` were eliminated: they are worse than every survivor.
+
+        Raises:
+            RuntimeError: if the search is finished.
+            StoppedError: if no candidate at all has a finite score.
+        """
+        if self.finished:
+            raise RuntimeError("tell: the search is finished")
+        standing = self.preview(self.generation, totals)
+        offspring = self.offspring(standing)
+        self._seen.update(candidate.id for candidate in offspring)
+        self.generation = replace(standing, candidates=offspring)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every iteration of the recipe has been told."""
+        return self.generation.index > self.settings.iterations
+
+    @property
+    def best(self) -> Candidate:
+        """The best candidate told so far.
+
+        Raises:
+            RuntimeError: if no generation has been told yet.
+        """
+        if not self.generation.survivors:
+            raise RuntimeError("best: no generation has been told yet")
+        return self.generation.survivors[0]
+
+    # --- Algorithm 1: the initial population
+
+    def _initial_population(self) -> tuple[Candidate, ...]:
+        """Return P candidates: one constant tail for each critical dimension, then others."""
+        rng = self._rng(0)
+        seeds = list(self._variation.constant_tails(rng))  # lines 2-9
+        seen = {seed.id for seed in seeds}
+        count = self.settings.population_size - len(seeds)
+        # Sec. 3.2: sample and mutate until the population holds P candidates.
+        others = self._unseen(seeds, count, rng, self._variation.initial, seen)
+        return (*seeds, *others)
+
+    # --- Algorithm 2: one iteration
+
+    def preview(self, generation: Generation, totals: Mapping[str, float]) -> Generation:
+        """Return what follows a generation if its candidates have these totals, without offspring.
+
+        Raises:
+            StoppedError: if no candidate at all has a finite score.
+        """
+        known = {**generation.totals, **totals}
+        everyone = (*generation.survivors, *generation.candidates)
+        pool = {c.id: c for c in everyone if c.id in known and math.isfinite(known[c.id])}
+        if not pool:
+            raise StoppedError(
+                "no candidate has a finite score: the model returns NaN or infinity; "
+                "try model.dtype = 'float32'"
+            )
+        kept = select(  # lines 1 and 11: update P with the top k
+            {id: known[id] for id in pool},
+            {id: candidate.critical_dim for id, candidate in pool.items()},
+            self.settings.top_k,
+            self.settings.niche_size,
+        )
+        survivors = tuple(pool[id] for id in kept)
+        return Generation(generation.index + 1, survivors, {id: known[id] for id in kept}, ())
+
+    def offspring(
+        self, standing: Generation, also_seen: Set[str] = frozenset()
+    ) -> tuple[Candidate, ...]:
+        """Return the offspring of a previewed generation's survivors; none after the last one.
+
+        Nothing changes by it. The random stream is the one that ``tell`` will use, so the offspring
+        of a guess are right as far as the ranks of their parents are. Ids in ``also_seen`` are
+        avoided like those of former generations.
+        """
+        if standing.index > self.settings.iterations:
+            return ()
+        survivors = standing.survivors
+
+        def mutate(parent: Candidate, rng: np.random.Generator) -> Candidate:  # lines 4-8
+            return self._variation.offspring(parent, survivors, rng)
+
+        rng, seen = self._rng(standing.index), self._seen | also_seen
+        # line 3: for each of the top k, in turns
+        return tuple(self._unseen(survivors, self.settings.num_offspring, rng, mutate, seen))
+
+    def _unseen(
+        self,
+        parents: Sequence[Candidate],
+        count: int,
+        rng: np.random.Generator,
+        make: Callable[[Candidate, np.random.Generator], Candidate],
+        seen: Set[str],
+    ) -> Iterator[Candidate]:
+        """Yield ``count`` candidates that are new, parents taking turns; fewer if none is left."""
+        here: set[str] = set()
+        tries = 0
+        while len(here) < count and tries < MAX_TRIES * count:
+            candidate = make(parents[tries % len(parents)], rng)
+            tries += 1
+            if candidate.id not in seen and candidate.id not in here:
+                here.add(candidate.id)
+                yield candidate
+
+    def _rng(self, generation: int) -> np.random.Generator:
+        return np.random.default_rng((self.settings.seed, generation))
 
 
 def select(
     totals: Mapping[str, float], critical_dims: Mapping[str, int], top_k: int, niche_size: int
 ) -> list[str]:
-    """Ids of the survivors, best first: the best ``niche_size`` of each critical dimension, then the best of all.
+    """Return the ids of the survivors, best first.
 
-    ``totals`` are summed NLLs of completely scored candidates. Ties are broken by id, so that order is total.
+    The best ``niche_size`` of each critical dimension survive, then the best of all up to
+    ``top_k``. Ties are broken by id, so that the order is total.
+
+    Args:
+        totals: id -> summed NLL of the completely scored candidates.
+        critical_dims: id -> critical dimension.
     """
     ranked = sorted(totals, key=lambda id: (totals[id], id))
     taken: dict[int, int] = {}
@@ -45,245 +198,14 @@ def select(
     return [id for id in ranked if id in kept]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """The whole state of a search: who survived so far, with their totals, and who has to be scored now."""
-
-    index: int
-    survivors: tuple[Candidate, ...]
-    totals: Mapping[str, float]
-    candidates: tuple[Candidate, ...]
-
-
-class Evolution:
-    """LongRoPE2's evolutionary search.
-
-    ``ask()`` returns the candidates of the open generation, again and again until ``tell()`` closes it. The random
-    stream of a generation depends on the seed and its index alone, so that a search told the same totals takes the
-    same way, however often it was interrupted.
-    """
-
-    def __init__(self, space: SearchSpace, settings: SearchSection):
-        """
-        Raises:
-            ValueError: if the population cannot hold one candidate for each critical dimension.
-        """
+def _require_room(space: SearchSpace, population_size: int) -> None:
+    needed = len(space.starts or space.critical_dims)
+    if population_size < needed:
         dims = space.critical_dims
-        needed = len(space.starts or dims)
-        if settings.population_size < needed:
-            each = f"critical dimension {dims[0]} ... {dims[-1]} (search.critical_dims)"
-            raise ValueError(
-                f"search.population_size: expected at least {needed}, one candidate for each "
-                f"{'vector it starts from (search.starts)' if space.starts else each}, got {settings.population_size}"
-            )
-        self.space, self.settings = space, settings
-        self.generation = Generation(0, (), {}, tuple(self._initial_population()))
-        self._seen = {c.id for c in self.generation.candidates}
-
-    @property
-    def finished(self) -> bool:
-        """Whether every iteration of the recipe has been told."""
-        return self.generation.index > self.settings.iterations
-
-    def ask(self) -> tuple[Candidate, ...]:
-        """Candidates of the open generation that have to be scored; the same ones until it is told."""
-        return () if self.finished else self.generation.candidates
-
-    def tell(self, totals: Mapping[str, float]) -> None:
-        """Close the generation with the summed NLL of every asked candidate that was scored completely.
-
-        Candidates missing from ``totals`` were raced out: they are worse than every survivor.
-
-        Raises:
-            RuntimeError: if the search is finished.
-            StoppedError: if no candidate at all has a finite score.
-        """
-        if self.finished:
-            raise RuntimeError("tell: the search is finished")
-        standing = self.preview(self.generation, totals)
-        children = self.children(standing)
-        self._seen.update(child.id for child in children)
-        self.generation = replace(standing, candidates=children)
-
-    def preview(self, generation: Generation, totals: Mapping[str, float]) -> Generation:
-        """What follows a generation if its candidates have these totals, not bred yet; nothing changes.
-
-        Raises:
-            StoppedError: if no candidate at all has a finite score.
-        """
-        known = {**generation.totals, **totals}
-        everyone = (*generation.survivors, *generation.candidates)
-        pool = {c.id: c for c in everyone if c.id in known and math.isfinite(known[c.id])}
-        if not pool:
-            raise StoppedError(
-                "no candidate has a finite score: the model returns NaN or infinity; try model.dtype = 'float32'"
-            )
-        kept = select(
-            {id: known[id] for id in pool},
-            {id: c.critical_dim for id, c in pool.items()},
-            self.settings.top_k,
-            self.settings.niche_size,
-        )  # Alg. 2, line 11
-        return Generation(
-            generation.index + 1, tuple(pool[id] for id in kept), {id: known[id] for id in kept}, ()
+        each = f"critical dimension {dims[0]} ... {dims[-1]} (search.critical_dims)"
+        if space.starts:
+            each = "vector it starts from (search.starts)"
+        raise ValueError(
+            f"search.population_size: expected at least {needed}, one candidate for each {each}, "
+            f"got {population_size}"
         )
-
-    def children(
-        self, standing: Generation, also_seen: Set[str] = frozenset()
-    ) -> tuple[Candidate, ...]:
-        """What a previewed generation asks for: children of its survivors, none after the last one; nothing changes.
-
-        The random stream is the one that ``tell`` will use, so children of a guess are right as far as the ranks of
-        their parents are. Ids in ``also_seen`` are avoided like those of former generations.
-        """
-        if standing.index > self.settings.iterations:
-            return ()
-        return tuple(
-            self._breed(standing.survivors, self._rng(standing.index), self._seen | also_seen)
-        )
-
-    @property
-    def best(self) -> Candidate:
-        """The best candidate told so far."""
-        if not self.generation.survivors:
-            raise RuntimeError("best: no generation has been told yet")
-        return self.generation.survivors[0]
-
-    def _rng(self, generation: int) -> np.random.Generator:
-        return np.random.default_rng((self.settings.seed, generation))
-
-    def _initial_population(self) -> Iterator[Candidate]:
-        """Alg. 1: a constant random tail for every critical dimension, then others (``search.initial``) until there are P."""
-        rng = self._rng(0)
-        seeds = [
-            Candidate(
-                dim,
-                tail,
-                float(rng.uniform(*self.space.attention_bounds)),
-                None,
-                self.space.start_tokens[0],
-            )
-            for dim, tail in self._starts(rng)
-        ]
-        yield from seeds
-
-        def fill(seed: Candidate, rng: np.random.Generator) -> Candidate:
-            mutants = self.settings.initial == "mutants"
-            return self._mutate(seed, rng) if mutants else self._draw(seed.critical_dim, rng)
-
-        seen = {seed.id for seed in seeds}
-        yield from self._fresh(seeds, self.settings.population_size - len(seeds), rng, fill, seen)
-
-    def _starts(self, rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, ...]]]:
-        """Critical dimensions and tails that the population grows from."""
-        if self.space.starts:
-            yield from ((0, start) for start in self.space.starts)
-            return
-        for dim in self.space.critical_dims:  # Alg. 1, line 3
-            factor = float(rng.uniform(*self.space.tail_bounds))  # Alg. 1, line 4
-            yield dim, (factor,) * (self.space.num_cosines - dim)
-
-    def _breed(
-        self, survivors: Sequence[Candidate], rng: np.random.Generator, seen: Set[str]
-    ) -> Iterator[Candidate]:
-        """Alg. 2, lines 3-10: one child after the other from the survivors, best first."""
-
-        def child(parent: Candidate, rng: np.random.Generator) -> Candidate:
-            if rng.random() < self.settings.immigrants:
-                return self._draw(int(rng.choice(self.space.critical_dims)), rng)
-            if self.settings.crossover != "none" and rng.random() < self.settings.crossover_share:
-                mates = [
-                    c
-                    for c in survivors
-                    if c.critical_dim == parent.critical_dim and c.id != parent.id
-                ]
-                if mates:
-                    return self._cross(parent, mates[rng.integers(len(mates))], rng)
-            return self._mutate(parent, rng)
-
-        yield from self._fresh(survivors, self.settings.num_children, rng, child, seen)
-
-    def _fresh(
-        self,
-        parents: Sequence[Candidate],
-        count: int,
-        rng: np.random.Generator,
-        make: Callable[[Candidate, np.random.Generator], Candidate],
-        seen: Set[str],
-    ) -> Iterator[Candidate]:
-        """``count`` children that nobody saw before, parents taking turns; fewer if the space is exhausted."""
-        here: set[str] = set()
-        made = tries = 0
-        while made < count and tries < MAX_TRIES * count:
-            child = make(parents[tries % len(parents)], rng)
-            tries += 1
-            if child.id not in seen and child.id not in here:
-                here.add(child.id)
-                made += 1
-                yield child
-
-    def _mutate(self, parent: Candidate, rng: np.random.Generator) -> Candidate:
-        """Alg. 2, lines 4-8: mutate the tail; the head follows from it."""
-        (low, high), settings = self.space.tail_bounds, self.settings
-        tail, dim = np.array(parent.tail), parent.critical_dim
-        if settings.mutation == "random":
-            return self._draw(int(rng.choice(self.space.critical_dims)), rng)
-        if rng.random() < settings.shift_probability:
-            moved = int(
-                np.clip(
-                    dim + rng.choice((-1, 1)),
-                    self.space.critical_dims[0],
-                    self.space.critical_dims[-1],
-                )
-            )
-            dim, tail = moved, shift_tail(tail, dim, moved, low, high)
-        context = MutationContext(
-            low, high, settings.mutation_probability, settings.mutation_step, rng
-        )
-        tail = MUTATIONS[settings.mutation](tail, context)
-        attention, start = (
-            self._attention(parent.attention_factor, rng),
-            self._start_tokens(parent.start_tokens, rng),
-        )
-        return Candidate(dim, tuple(map(float, tail)), attention, parent.id, start)
-
-    def _draw(self, dim: int, rng: np.random.Generator) -> Candidate:
-        """[ours] A tail of the monotone box: uniform, or in one to four steps. Uniform ones all rise alike, near a
-        straight line; steps also reach the tails that stay low and then jump."""
-        size = self.space.num_cosines - dim
-        if self.settings.initial == "steps":
-            levels = np.sort(rng.uniform(*self.space.tail_bounds, rng.integers(1, 5)))
-            cuts = np.sort(rng.integers(0, size + 1, len(levels) - 1))
-            tail = np.repeat(levels, np.diff([0, *cuts, size]))
-        else:
-            tail = np.sort(rng.uniform(*self.space.tail_bounds, size))
-        attention = float(rng.uniform(*self.space.attention_bounds))
-        return Candidate(
-            dim, tuple(map(float, tail)), attention, None, self._start_tokens(None, rng)
-        )
-
-    def _cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
-        tail = CROSSOVERS[self.settings.crossover](np.array(parent.tail), np.array(mate.tail), rng)
-        attention = parent.attention_factor if rng.random() < 0.5 else mate.attention_factor
-        start = parent.start_tokens
-        if start != mate.start_tokens and rng.random() < 0.5:
-            start = mate.start_tokens
-        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id, start)
-
-    def _attention(self, value: float, rng: np.random.Generator) -> float:
-        """The temperature as one more gene, where it is searched."""
-        low, high = self.space.attention_bounds
-        if low == high or rng.random() >= self.settings.mutation_probability:
-            return value
-        return float(
-            np.clip(value + rng.normal(0, self.settings.mutation_step * (high - low)), low, high)
-        )
-
-    def _start_tokens(self, value: int | None, rng: np.random.Generator) -> int:
-        """LongRoPE's ``n_hat`` as one more gene, where there is a choice; drawn anew if the parent has none to give."""
-        choices = self.space.start_tokens
-        if len(choices) == 1:
-            return choices[0]
-        if value is not None and rng.random() >= self.settings.mutation_probability:
-            return value
-        return int(rng.choice(choices))

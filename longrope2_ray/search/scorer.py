@@ -1,13 +1,13 @@
-"""The score of one unit of work: negative log-likelihood of a needle document's answer (LongRoPE2 Sec. 3.2).
+"""The score of one unit of work: the NLL of a needle document's answer (LongRoPE2 Sec. 3.2).
 
-Shapes: B batch (always 1), T tokens, Q queries, H heads, K key/value heads, E head size, D model width.
+Shapes: B batch (always 1), T tokens, Q queries, H heads, K key/value heads, E head size, D model
+width.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +15,23 @@ import torch
 from torch import nn
 
 from longrope2_ray.model.attention import (
-    _flash_attention,
-    _input_device,
     banded_attention,
     causal_attention,
     decoder_layers,
+    flash_attention,
+    input_device,
+    route_attention,
 )
 from longrope2_ray.model.pinned_rope import PinnedRope
-from longrope2_ray.model.spec import ModelSpec
+from longrope2_ray.recipe.model import ModelShape
+from longrope2_ray.rope.factors import RescaleFactors
+from longrope2_ray.search.scores import UnitScore
 from longrope2_ray.tasks.needle import NeedleSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("longrope2")
 
 
 _ATTENTION_NAME = "longrope2_answer_attention"
@@ -37,31 +40,12 @@ _ATTENTION_NAME = "longrope2_answer_attention"
 _PROBE_TOKENS = 24
 
 
-@dataclass(frozen=True)
-class UnitScore:
-    """One candidate on one sample.
-
-    Attributes:
-        nll_sum: summed negative log-likelihood of the answer's tokens, in nats; NaN or inf are kept as they come.
-        num_tokens: how many tokens the answer has.
-        correct: whether greedy decoding gives exactly the answer. It does if and only if the teacher-forced argmax
-            is right at every answer position: greedy decoding sees the prompt plus its own choices so far, which is
-            the teacher-forced context for as long as all of them were right, and the first wrong one decides.
-        seconds: wall clock time.
-    """
-
-    nll_sum: float
-    num_tokens: int
-    correct: bool
-    seconds: float
-
-
 def plain_loss(model: "PreTrainedModel", sample: NeedleSample) -> float:
-    """Mean negative log-likelihood of the answer's tokens by transformers' own forward and loss, with its defaults.
+    """Mean NLL of the answer's tokens by transformers' own forward and loss, with its defaults.
 
     The reference for tests and benchmarks: it fills a cache and makes logits for all T positions.
     """
-    input_ids = torch.tensor(sample.input_ids, device=_input_device(model))[None]
+    input_ids = torch.tensor(sample.input_ids, device=input_device(model))[None]
     labels = torch.full_like(input_ids, -100)
     start, stop = sample.answer_span
     labels[:, start:stop] = input_ids[:, start:stop]
@@ -72,62 +56,58 @@ def plain_loss(model: "PreTrainedModel", sample: NeedleSample) -> float:
 class NeedleScorer:
     """Scores needle documents with a resident model; memory stays linear in T.
 
-    Nothing is computed that the answer's logits do not need: no cache, no (T, vocabulary) logits, no (T, T) mask,
-    the last layer's queries and MLP only where the answer stands, and the MLP in chunks of tokens. Works on any
-    family whose attention goes through transformers' attention interface; a short probe compares with the
-    family's own forward, and where they disagree (or ``model.attention`` is ``eager``) the family's own is used.
+    Nothing is computed that the answer's logits do not need: no cache, no (T, vocabulary) logits,
+    no (T, T) mask, the last layer's queries and MLP only where the answer stands, and the MLP in
+    chunks of tokens. This trimmed forward works on any family whose attention goes through
+    transformers' attention interface; a short probe compares it with the family's own forward,
+    and where they disagree (or ``model.attention`` is ``eager``) the family's own is used.
 
     Args:
         model: a causal language model from ``load_model``.
-        spec: what ``read_spec`` says about it.
+        shape: the model's shape.
         mlp_chunk_tokens: tokens that go through an MLP at a time.
+
+    Attributes:
+        trimmed: whether the trimmed forward is used; the result does not depend on it.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", spec: ModelSpec, *, mlp_chunk_tokens: int = 2048
+        self, model: "PreTrainedModel", shape: ModelShape, *, mlp_chunk_tokens: int = 2048
     ) -> None:
         if mlp_chunk_tokens < 1:
             raise ValueError(
                 f"scorer.mlp_chunk_tokens: expected at least 1, got {mlp_chunk_tokens}"
             )
         self.model = model
-        self.spec = spec
-        self._rope = PinnedRope(model, spec)
+        self.shape = shape
+        self._rope = PinnedRope(model, shape)
         self._chunk_tokens = mlp_chunk_tokens
         self._config = model.config.get_text_config()
         self._kernel: str = self._config._attn_implementation
-        self._layers = decoder_layers(model, spec.num_layers)
+        self._layers = decoder_layers(model, shape.num_layers)
         self._num_queries = 0
         self._collecting = False
         self._last_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
         self.trimmed = self._can_trim() and self._probe_agrees()
-        """Whether the short way is used; the result does not depend on it."""
 
     @torch.inference_mode()
-    def score(
-        self,
-        sample: NeedleSample,
-        values: np.ndarray,
-        attention_factor: float,
-        start_tokens: int = 0,
-    ) -> UnitScore:
+    def score(self, sample: NeedleSample, factors: RescaleFactors) -> UnitScore:
         """Score one sample under one factor vector; the model is left as it was.
 
         Args:
             sample: T tokens, the answer among them.
-            values: (d/2,) rescale factors.
-            attention_factor: what cos and sin are multiplied by.
-            start_tokens: positions that keep the original angles.
+            factors: the vector with its attention factor and start tokens.
 
         Raises:
-            ValueError: if the vector does not fit the model.
+            ValueError: if the vector has another length than this model's.
         """
         started = time.perf_counter()
         start, stop = sample.answer_span
-        # The last answer token is nobody's context, so the needed queries are exactly the last ones of what is fed.
+        # No token attends to the answer's last one, so it is not fed, and the queries that are
+        # needed are exactly the last ones of what is.
         input_ids = torch.tensor(sample.input_ids[: stop - 1], device=self._device)[None]
         targets = torch.tensor(sample.input_ids[start:stop])
-        with self._rope.pinned(values, attention_factor, start_tokens):
+        with self._rope.pinned(factors):
             logits = self._answer_logits(input_ids, stop - start, self.trimmed, self._chunk_tokens)
         targets = targets.to(logits.device)
         nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -137,12 +117,12 @@ class NeedleScorer:
 
     @property
     def _device(self) -> torch.device:
-        return _input_device(self.model)
+        return input_device(self.model)
 
     def _answer_logits(
         self, input_ids: torch.Tensor, num_queries: int, trimmed: bool, chunk_tokens: int
     ) -> torch.Tensor:
-        """Logits at the last ``num_queries`` positions of ``input_ids`` (1, T); (num_queries, vocabulary)."""
+        """Logits at the last ``num_queries`` positions of (1, T) ids; (num_queries, vocabulary)."""
         with ExitStack() as stack:
             if trimmed:
                 stack.enter_context(self._answer_attention(num_queries))
@@ -152,19 +132,12 @@ class NeedleScorer:
                 input_ids=input_ids, use_cache=False, logits_to_keep=num_queries
             ).logits[0]
 
-    # -------------------------------------------------------------------------------- attention and the last layer
+    # --- attention and the last layer
 
     @contextmanager
     def _answer_attention(self, num_queries: int) -> Iterator[None]:
-        """Route the model's attention through ``_attend`` and trim its last layer, for one forward.
-
-        transformers makes no mask for an attention function that has no mask function of its own, so nothing of
-        size T x T is built, sliding windows included: ``_attend`` knows the causal structure itself.
-        """
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(_ATTENTION_NAME, self._attend)
-        self._config._attn_implementation = _ATTENTION_NAME
+        """Route attention through ``_attend`` and trim the last layer, for one forward pass."""
+        route_attention(self._config, _ATTENTION_NAME, self._attend)
         self._num_queries = num_queries
         hook = self._layers[-1].register_forward_pre_hook(self._trim, with_kwargs=True)
         try:
@@ -177,11 +150,12 @@ class NeedleScorer:
     def _trim(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook of the last layer: collect keys and values of all tokens, then let only the answer through.
+        """Forward pre-hook of the last layer: all T keys and values, the answer's queries only.
 
-        The layer runs twice: once over all T tokens up to its attention, where ``_attend`` takes the keys and values
-        and raises; then, by the ordinary call after this hook, over the last positions only, where ``_attend``
-        puts those keys and values in. So norms, biases, fused projections and residuals of a family need no fork.
+        The layer runs twice: once over all T tokens up to its attention, where ``_attend`` takes
+        the keys and values and raises; then, by the ordinary call after this hook, over the last
+        positions only, where ``_attend`` puts those keys and values in. So norms, biases, fused
+        projections and residuals of a family need no fork.
         """
         self._collecting = True
         try:
@@ -192,7 +166,7 @@ class NeedleScorer:
             self._collecting = False
         if self._last_keys_values is None:
             raise RuntimeError(
-                f"the last layer of {self.spec.model_type} never reached its attention"
+                f"the last layer of {self.shape.model_type} never reached its attention"
             )
         last = self._num_queries
         kwargs = dict(kwargs)
@@ -209,43 +183,34 @@ class NeedleScorer:
 
     def _attend(
         self,
-        module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Causal attention of the last Q of T positions; (B, Q, H, E).
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of the last Q of T positions; (B, H, Q, E).
 
         Args:
             query: (B, H, Q, E), already rotated.
             key: (B, K, T, E); ``value`` likewise.
-            attention_mask: None, see ``_answer_attention``.
+            scaling: what the logits are multiplied by.
+            window: tokens that a query sees; None for all before it.
         """
         if self._collecting:
             raise _KeysValuesCollected(key, value)
-        if attention_mask is not None or softcap is not None or s_aux is not None:
-            raise ValueError(
-                f"{type(module).__name__} asks for a mask, a softcap or attention sinks"
-            )
         if self._last_keys_values is not None:
             key, value = self._last_keys_values
         num_keys = key.shape[2]
-        window = sliding_window if sliding_window and sliding_window < num_keys else None
+        if window is not None and window >= num_keys:
+            window = None
         if self._kernel == "flash_attention_2":
-            return _flash_attention(query, key, value, scaling, window), None
+            return flash_attention(query, key, value, scaling, window)
         if window is None and query.shape[2] == num_keys:
-            out = causal_attention(query, key, value, scaling)
-        else:
-            out = banded_attention(query, key, value, scaling=scaling, window=window)
-        return out.transpose(1, 2).contiguous(), None
+            return causal_attention(query, key, value, scaling)
+        return banded_attention(query, key, value, scaling=scaling, window=window)
 
-    # ------------------------------------------------------------------------------------------- whether it applies
+    # --- whether the trimmed forward applies
 
     def _can_trim(self) -> bool:
         layer_types = set(getattr(self._config, "layer_types", None) or ())
@@ -258,29 +223,30 @@ class NeedleScorer:
 
     @torch.inference_mode()
     def _probe_agrees(self) -> bool:
-        """Compare the short way with the family's own forward on a few tokens: a wrong guess costs time, not truth."""
-        input_ids = torch.arange(_PROBE_TOKENS, device=self._device)[None] % self.spec.vocab_size
+        """Compare the trimmed forward with the family's own on a few tokens.
+
+        So a family that it does not suit costs time, and no score is wrong.
+        """
+        input_ids = torch.arange(_PROBE_TOKENS, device=self._device)[None] % self.shape.vocab_size
         plain = self._answer_logits(input_ids, 3, False, _PROBE_TOKENS).float()
+        family = self.shape.architecture
         try:
             short = self._answer_logits(input_ids, 3, True, _PROBE_TOKENS // 2).float()
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            logger.warning("%s is scored by its own forward: %s", self.spec.architecture, error)
+            log.warning("%s is scored by its own forward: %s", family, error)
             return False
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         difference = float((short - plain).norm() / plain.norm())
-        if not difference <= tolerance:
-            logger.warning(
-                "%s is scored by its own forward: logits differ by %.1e",
-                self.spec.architecture,
-                difference,
-            )
-        return difference <= tolerance
+        agrees = difference <= tolerance
+        if not agrees:
+            log.warning("%s is scored by its own forward: off by %.1e", family, difference)
+        return agrees
 
 
 class _KeysValuesCollected(Exception):  # noqa: N818 - a way out of the last layer, not an error
-    """Leaves the last layer's forward once its keys and values (B, K, T, E) are known; the rest is not needed."""
+    """Ends the last layer's forward once its keys and values (B, K, T, E) are known."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -290,7 +256,7 @@ class _KeysValuesCollected(Exception):  # noqa: N818 - a way out of the last lay
 
 @contextmanager
 def _mlp_in_chunks(layer: nn.Module, chunk_tokens: int) -> Iterator[None]:
-    """Run a layer's dense MLP on ``chunk_tokens`` tokens at a time: nothing in the model is as wide as its inside."""
+    """Run a layer's dense MLP on ``chunk_tokens`` tokens at a time, since its inside is so wide."""
     mlp = getattr(layer, "mlp", None)
     if mlp is None or hasattr(mlp, "experts"):
         yield

@@ -1,11 +1,95 @@
-"""Units of work and their scores."""
+"""Units of work of a search, and their scores.
+
+A unit is one needle sample under one factor vector. Scores are keyed by content, the vector's and
+the sample's: another report on the same run costs only what it asks anew.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longrope2_ray.rope.factors import RescaleFactors
+from longrope2_ray.storage.ledger import Ledger
+from longrope2_ray.storage.rundir import SCORES_FOLDER, RunDir
+from longrope2_ray.workers.done import Done
+
+SEARCH_SET = "search"
+MAX_MEAN_NLL = 700.0  # its exponential is still a finite float
+
+
+def report_set(length: int) -> str:
+    """Return the name of the held-out needle set of a length."""
+    return f"report@{length}"
+
+
+@dataclass(frozen=True)
+class NeedleSet:
+    """What the search knows about a set of needle samples; the tokens are the scorers' matter.
+
+    Attributes:
+        name: ``search``, or ``report@<length>`` for held-out samples.
+        sample_ids: content of each sample, as ``NeedleSample.id`` says it.
+        num_tokens: answer tokens of each sample.
+    """
+
+    name: str
+    sample_ids: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What a scorer is asked: one sample under one factor vector.
+
+    Attributes:
+        vector_id: content of the vector.
+        sample: index in the needle set.
+        sample_id: content of the sample.
+    """
+
+    vector_id: str
+    needle_set: str
+    sample: int
+    sample_id: str
+    factors: RescaleFactors
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a score is committed under."""
+        return self.vector_id, self.sample_id
+
+    def __str__(self) -> str:
+        return f"scoring sample {self.sample} of {self.needle_set} under {self.vector_id}"
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """What a scorer answers.
+
+    Attributes:
+        nll_sum: summed negative log-likelihood of the answer's tokens, in nats; NaN and infinity
+            are kept as they come.
+        num_tokens: how many tokens the answer has.
+        correct: whether greedy decoding gives exactly the answer. It does if and only if the
+            teacher-forced argmax is right at every answer position: greedy decoding sees the
+            prompt and its own choices so far, which is the teacher-forced context for as long as
+            all of them were right, and the first wrong one decides.
+        seconds: wall clock time.
+    """
+
+    nll_sum: float
+    num_tokens: int
+    correct: bool
+    seconds: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the score is a number: one that is not gets a second opinion."""
+        return math.isfinite(self.nll_sum)
 
 
 @dataclass(frozen=True)
@@ -13,18 +97,20 @@ class Score:
     """One row of the ledger: the score of one sample under one factor vector.
 
     Attributes:
-        vector_id: content hash of the candidate or baseline.
-        needle_set: which needle set, ``search`` or ``report@<length>``.
-        sample: index in the set.
+        vector_id: content of the candidate or baseline.
+        sample_id: content of the needle sample.
+        needle_set: the set that the sample was asked for in.
+        sample: its index there.
         nll_sum: summed NLL of the answer's tokens, in nats; None if it was not finite.
-        num_tokens: how many tokens that is.
-        correct: whether greedy decoding gives the answer exactly.
+        num_tokens: how many tokens the answer has.
+        correct: whether greedy decoding gives exactly the answer.
         seconds: what the unit took; not part of any result.
-        scorer: who scored it; not part of any result.
+        scorer: which scorer scored it; not part of any result.
         started: Unix time at which it was handed out; not part of any result.
     """
 
     vector_id: str
+    sample_id: str
     needle_set: str
     sample: int
     nll_sum: float | None
@@ -34,50 +120,83 @@ class Score:
     scorer: str = ""
     started: float = 0.0
 
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What a row is the score of; a second row with the same key is the same number."""
-        return self.vector_id, self.needle_set, self.sample
-
-
-SEARCH_SET = "search"
-
-
-def report_set(length: int) -> str:
-    """Name of the held-out needle set of a length."""
-    return f"report@{length}"
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """What a scorer is asked: one sample under one factor vector."""
-
-    vector_id: str
-    needle_set: str
-    sample: int
-    factors: RescaleFactors
+    @classmethod
+    def of(cls, done: Done[Unit, UnitScore]) -> "Score":
+        """Make the row of a unit that was done."""
+        unit, result = done.work, done.result
+        return cls(
+            vector_id=unit.vector_id,
+            sample_id=unit.sample_id,
+            needle_set=unit.needle_set,
+            sample=unit.sample,
+            nll_sum=result.nll_sum if result.is_finite else None,
+            num_tokens=result.num_tokens,
+            correct=result.correct,
+            seconds=round(result.seconds, 4),
+            scorer=done.worker,
+            started=done.started,
+        )
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.vector_id, self.needle_set, self.sample
+    def key(self) -> tuple[str, str]:
+        """What the row is the score of: a second row with this key is the same number."""
+        return self.vector_id, self.sample_id
+
+    @property
+    def nll(self) -> float:
+        """The summed NLL; infinity, a penalty, where it was not finite."""
+        return math.inf if self.nll_sum is None else self.nll_sum
+
+
+def scores_of(run_dir: RunDir) -> Ledger[Score]:
+    """Return the ledger of a run, nothing read yet."""
+    return Ledger(run_dir, SCORES_FOLDER, Score)
 
 
 def perplexity(nll_sum: float, num_tokens: int) -> float | None:
-    """``exp(mean NLL)``; None if it is not a finite number."""
+    """Return ``exp(mean NLL)``; None if it is not a finite number."""
     mean = nll_sum / num_tokens
-    return math.exp(mean) if math.isfinite(mean) and mean < 700 else None
+    return math.exp(mean) if math.isfinite(mean) and mean < MAX_MEAN_NLL else None
 
 
-def summarize(scores: Sequence[Score]) -> dict[str, Any]:
-    """Needle perplexity, accuracy (greedy, all digits right) and NLL by sample."""
-    total, tokens = math.fsum(map(_nll_of, scores)), sum(s.num_tokens for s in scores)
-    return {
-        "ppl": perplexity(total, tokens),
-        "accuracy": sum(s.correct for s in scores) / len(scores),
-        "nll_per_sample": [s.nll_sum for s in scores],
-        "num_tokens": tokens,
-    }
+@dataclass(frozen=True)
+class NeedleSummary:
+    """The scores of one vector on one needle set.
 
+    Attributes:
+        ppl: needle perplexity over all answer tokens; None if it is not finite.
+        accuracy: share of answers whose every digit greedy decoding gets right.
+        nll_per_sample: summed NLL of each answer, in nats.
+        num_tokens: answer tokens of all samples.
+    """
 
-def _nll_of(score: Score) -> float:
-    return math.inf if score.nll_sum is None else score.nll_sum
+    ppl: float | None
+    accuracy: float
+    nll_per_sample: tuple[float | None, ...]
+    num_tokens: int
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> "NeedleSummary":
+        """Summarize one score a sample."""
+        num_tokens = sum(score.num_tokens for score in scores)
+        return cls(
+            ppl=perplexity(math.fsum(score.nll for score in scores), num_tokens),
+            accuracy=sum(score.correct for score in scores) / len(scores),
+            nll_per_sample=tuple(score.nll_sum for score in scores),
+            num_tokens=num_tokens,
+        )
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "NeedleSummary":
+        """Read what ``to_json`` wrote; other keys of the object are left alone."""
+        nlls = tuple(body["nll_per_sample"])
+        return cls(body["ppl"], body["accuracy"], nlls, body["num_tokens"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as a JSON object."""
+        return {
+            "ppl": self.ppl,
+            "accuracy": self.accuracy,
+            "nll_per_sample": list(self.nll_per_sample),
+            "num_tokens": self.num_tokens,
+        }

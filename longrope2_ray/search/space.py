@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from longrope2_ray.recipe.sections import AttentionFactor, SearchSection
+from longrope2_ray.recipe.base import AttentionFactor
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.rope.baselines import PLAIN, baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.rope.factors import RescaleFactors, assemble
 from longrope2_ray.rope.geometry import RopeGeometry
@@ -21,10 +23,11 @@ class Candidate:
     """One point of the search space.
 
     Attributes:
-        critical_dim: ``d_rcd``, the cosine index where the tail starts; 0 if every dimension is searched.
+        critical_dim: ``d_rcd``, the cosine index where the tail starts; 0 if every dimension is
+            searched.
         tail: factors from there on, non-decreasing.
-        attention_factor: temperature that it is scored with.
-        parent_id: the candidate that it was bred from.
+        attention_factor: what cos and sin are multiplied by while it is scored.
+        parent_id: the candidate that it is an offspring of.
         start_tokens: how many positions at the start keep the original RoPE (LongRoPE's ``n_hat``).
     """
 
@@ -36,31 +39,61 @@ class Candidate:
 
     @cached_property
     def id(self) -> str:
-        """Twelve hex digits of the content: equal candidates have equal ids, whoever bred them."""
+        """Twelve hex digits of the content, in which parents do not count."""
         start = [self.start_tokens] if self.start_tokens else []
         content = json.dumps([self.critical_dim, self.tail, self.attention_factor, *start])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @cached_property
     def factors(self) -> RescaleFactors:
-        """The whole vector, head derived."""
-        values = assemble(self.critical_dim, self.tail)
-        source = f"candidate {self.id}"
+        """The whole vector, its head derived from the tail (Alg. 2, lines 6-8)."""
         return RescaleFactors(
-            values, self.attention_factor, self.critical_dim, source, self.start_tokens
+            assemble(self.critical_dim, self.tail),
+            attention_factor=self.attention_factor,
+            critical_dim=self.critical_dim,
+            source=f"candidate {self.id}",
+            start_tokens=self.start_tokens,
         )
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Candidate":
+        """Read what ``to_json`` wrote; other keys of the object are left alone."""
+        return cls(
+            critical_dim=body["critical_dim"],
+            tail=tuple(body["tail"]),
+            attention_factor=body["attention_factor"],
+            parent_id=body["parent_id"],
+            start_tokens=body["start_tokens"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the candidate as a JSON object."""
+        return {
+            "id": self.id,
+            "critical_dim": self.critical_dim,
+            "tail": list(self.tail),
+            "attention_factor": self.attention_factor,
+            "start_tokens": self.start_tokens,
+            "parent_id": self.parent_id,
+        }
+
+
+def content_id(factors: RescaleFactors) -> str:
+    """Return the id of a vector that is no candidate: equal vectors share their scores."""
+    values = tuple(factors.values.tolist())
+    return Candidate(0, values, factors.attention_factor, None, factors.start_tokens).id
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Where candidates may lie.
+    """The bounds of the candidates.
 
     Attributes:
         num_cosines: length of a factor vector.
         critical_dims: allowed ``d_rcd``, ascending; ``(0,)`` if every dimension is searched.
         tail_bounds: lowest and highest factor of a tail.
         attention_bounds: lowest and highest attention factor; equal if it is not searched.
-        starts: whole vectors that the search starts from, where every dimension is searched (LongRoPE).
+        starts: whole vectors that the search starts from, where every dimension is searched.
         start_tokens: numbers of positions at the start that may keep the original RoPE.
     """
 
@@ -79,84 +112,98 @@ class SearchSpace:
 
     @classmethod
     def from_recipe(cls, geometry: RopeGeometry, search: SearchSection) -> "SearchSpace":
-        """The paper's space: ``d_10 ... d_tcd`` and ``[ratio, 2 ratio]``, unless the recipe says otherwise.
+        """Return the paper's space, ``d_10 ... d_tcd`` and ``[ratio, 2 ratio]``, or the recipe's.
 
         Raises:
-            ValueError: if the target is not above the original length, or critical dimensions, starting vectors or start
-                tokens do not fit the model.
+            ValueError: if the target is not above the original length, or critical dimensions,
+                starting vectors or start tokens do not fit the model.
         """
-        extended = any(not isinstance(start, str) for start in search.starts)
-        if search.target_length <= geometry.original_length and not extended:
-            raise ValueError(
-                f"search.target_length: expected more than the original length {geometry.original_length}, "
-                f"got {search.target_length}; to search an extended model's short window, search.starts takes the "
-                f"vector that it was trained with"
-            )
-        if max(search.start_tokens) > geometry.original_length:
-            raise ValueError(
-                f"search.start_tokens: expected at most the original length {geometry.original_length}, "
-                f"got {max(search.start_tokens)}"
-            )
+        _require_lengths(geometry, search)
         ratio = max(search.target_length / geometry.original_length, 1.0)
-        first, last = search.critical_dims or (
-            max(geometry.ten_period_dim, 1),
-            geometry.theoretical_critical_dim,
-        )
-        if not 0 < first <= last < geometry.num_cosines:
-            raise ValueError(
-                f"search.critical_dims: expected cosine indices in 1 ... {geometry.num_cosines - 1}, got {first}, {last}"
-            )
+        dims = _critical_dims(geometry, search)
         low, high = (bound * ratio for bound in search.tail_bounds)
-        dims = tuple(range(first, last + 1))
         starts: tuple[tuple[float, ...], ...] = ()
         if search.dimensions == "all":
             dims, low = (0,), 1.0
-            length = max(search.target_length, geometry.original_length)
-            vectors = [
-                _start(start, geometry, length) for start in search.starts or LONGROPE_STARTS
-            ]
-            clipped = (
-                tuple(np.clip(np.maximum.accumulate(v), low, high).tolist()) for v in vectors
-            )
-            starts = tuple(dict.fromkeys(clipped))
+            starts = _starts(geometry, search, low, high)
         if low < 1 or high < low:
             raise ValueError(
-                f"search.tail_bounds: expected factors of at least 1 in units of the ratio {ratio:g}, "
-                f"got {search.tail_bounds[0]:g}, {search.tail_bounds[1]:g}"
+                f"search.tail_bounds: expected factors of at least 1 in units of the ratio "
+                f"{ratio:g}, got {search.tail_bounds[0]:g}, {search.tail_bounds[1]:g}"
             )
-        top = max(
-            su_attention_factor(ratio, geometry.original_length), yarn_attention_factor(ratio)
+        attention = _attention_bounds(geometry, search, ratio)
+        start_tokens = tuple(search.start_tokens)
+        return cls(geometry.num_cosines, dims, (low, high), attention, starts, start_tokens)
+
+
+def _require_lengths(geometry: RopeGeometry, search: SearchSection) -> None:
+    extended = any(not isinstance(start, str) for start in search.starts)
+    if search.target_length <= geometry.original_length and not extended:
+        raise ValueError(
+            f"search.target_length: expected more than the original length "
+            f"{geometry.original_length}, got {search.target_length}; to search an extended "
+            f"model's short window, search.starts takes the vector that it was trained with"
         )
-        fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
-        # [ours] a searched temperature may go twice as far from one as the strongest published rule
-        attention = (
-            search.attention_bounds or (1.0, 1 + 2 * (top - 1)) if fixed is None else (fixed, fixed)
+    if max(search.start_tokens) > geometry.original_length:
+        raise ValueError(
+            f"search.start_tokens: expected at most the original length "
+            f"{geometry.original_length}, got {max(search.start_tokens)}"
         )
-        return cls(
-            geometry.num_cosines, dims, (low, high), attention, starts, tuple(search.start_tokens)
+
+
+def _critical_dims(geometry: RopeGeometry, search: SearchSection) -> tuple[int, ...]:
+    theory = max(geometry.ten_period_dim, 1), geometry.theoretical_critical_dim
+    first, last = search.critical_dims or theory
+    if not 0 < first <= last < geometry.num_cosines:
+        raise ValueError(
+            f"search.critical_dims: expected cosine indices in 1 ... {geometry.num_cosines - 1}, "
+            f"got {first}, {last}"
         )
+    return tuple(range(first, last + 1))
+
+
+def _starts(
+    geometry: RopeGeometry, search: SearchSection, low: float, high: float
+) -> tuple[tuple[float, ...], ...]:
+    """Return the vectors that a search over every dimension starts from, inside its bounds."""
+    length = max(search.target_length, geometry.original_length)
+    vectors = [_start(start, geometry, length) for start in search.starts or LONGROPE_STARTS]
+    clipped = (np.clip(np.maximum.accumulate(vector), low, high) for vector in vectors)
+    return tuple(dict.fromkeys(tuple(vector.tolist()) for vector in clipped))
 
 
 def _start(start: str | Sequence[float], geometry: RopeGeometry, target_length: int) -> np.ndarray:
-    if isinstance(start, str) and start not in PLAIN:
+    if not isinstance(start, str):
+        vector = RescaleFactors(np.array(start))
+    elif start in PLAIN:
+        vector = baseline(start, geometry, target_length)
+    else:
         raise ValueError(
             f"search.starts: expected {', '.join(PLAIN)} or a list of factors, got {start!r}"
         )
-    vector = (
-        baseline(start, geometry, target_length)
-        if isinstance(start, str)
-        else RescaleFactors(np.array(start))
-    )
     if len(vector.values) != geometry.num_cosines:
         raise ValueError(
-            f"search.starts: expected {geometry.num_cosines} numbers, one per cosine dimension of this model, got "
-            f"{len(vector.values)}"
+            f"search.starts: expected {geometry.num_cosines} numbers, one per cosine dimension of "
+            f"this model, got {len(vector.values)}"
         )
     return vector.values
 
 
+def _attention_bounds(
+    geometry: RopeGeometry, search: SearchSection, ratio: float
+) -> tuple[float, float]:
+    fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
+    if fixed is not None:
+        return fixed, fixed
+    if search.attention_bounds is not None:
+        return search.attention_bounds
+    # [ours] A searched factor may go twice as far from one as the strongest published rule.
+    su = su_attention_factor(ratio, geometry.original_length)
+    return 1.0, 1 + 2 * (max(su, yarn_attention_factor(ratio)) - 1)
+
+
 def attention_factor(setting: AttentionFactor, ratio: float, original_length: int) -> float | None:
-    """The number behind a recipe's ``attention_factor``; None if it is searched."""
+    """Return the number behind a recipe's ``attention_factor``; None if it is searched."""
     if setting == "search":
         return None
     if setting == "su":

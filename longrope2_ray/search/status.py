@@ -1,21 +1,40 @@
-"""Where a search stands."""
+"""Where a search stands: what the progress bar, the log, ``status.json`` and the metrics show."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-log = logging.getLogger("longrope2")
+from longrope2_ray.search.scores import Score
+from longrope2_ray.storage.rundir import RunDir
 
-
+STATUS_FILE = "status.json"
 STATUS_SECONDS = 2.0
+RECENT_UNITS = 200  # that the time of a unit is the median of
+log = logging.getLogger("longrope2")
 
 
 @dataclass
 class Status:
-    """Where a run stands; what the progress bar, the log, ``status.json`` and the metrics show.
+    """Where a search stands.
 
-    Perplexities are of the survivors, ``critical_dims`` counts them; ``units_ahead`` were scored for candidates that no
-    generation has asked for yet; ``committed_at`` is the Unix time of the last commit to the ledger.
+    Attributes:
+        state: ``starting``, ``searching``, ``reporting``, ``finished``, ``interrupted``,
+            ``stopped``.
+        generation: the last one that was closed.
+        best_ppl: needle perplexity of the best survivor; ``median_ppl`` and ``worst_ppl`` likewise.
+        units_done: units scored, of this and former attempts.
+        units_eliminated: units never scored because racing eliminated their candidate.
+        units_left: units left in this generation at most.
+        unit_seconds: median time of a unit.
+        scorers: number of scorers by state.
+        faults: what went wrong and was mended, by kind.
+        critical_dims: number of survivors by critical dimension.
+        units_ahead: units scored for candidates that no generation has asked for yet.
+        committed_at: Unix time of the last commit to the ledger.
     """
 
     name: str
@@ -26,17 +45,140 @@ class Status:
     median_ppl: float | None = None
     best_critical_dim: int | None = None
     units_done: int = 0
-    units_raced_out: int = 0
+    units_eliminated: int = 0
     units_left: int = 0
     unit_seconds: float | None = None
     elapsed_seconds: float = 0.0
     eta_seconds: float | None = None
     scorers: dict[str, int] = field(default_factory=dict)
-    losses: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
     worst_ppl: float | None = None
     critical_dims: dict[str, int] = field(default_factory=dict)
     units_ahead: int = 0
     committed_at: float | None = None
 
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Status":
+        """Read a status; fields that another version wrote more or less are left alone."""
+        known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in body.items() if name in known}
+        return cls(**{"name": "run", **values})
+
 
 Observer = Callable[[Status, str], None]  # (status, "units" | "generation" | "end")
+
+
+def read_status(run_dir: RunDir) -> Status | None:
+    """Read the newest status of a run; None if there is none."""
+    body = run_dir.read_or_skip(STATUS_FILE)
+    return Status.from_json(body) if body else None
+
+
+class StatusBoard:
+    """Keeps the status of a running search and shows it to observers.
+
+    An observer that fails is named once and called again: no view is worth a search.
+
+    Args:
+        status: to begin with.
+        run_dir: that ``status.json`` is written to.
+        observers: called after commits, every few seconds, and after every generation.
+    """
+
+    def __init__(
+        self,
+        status: Status,
+        run_dir: RunDir,
+        observers: Sequence[Observer],
+    ):
+        self.status = status
+        self._run_dir = run_dir
+        self._observers = observers
+        self._failed: list[Observer] = []
+        self._began = time.monotonic()
+        self._shown = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_UNITS)
+        self._units_here = 0
+        self._asked: set[tuple[str, str]] = set()
+        self._not_asked: Counter[tuple[str, str]] = Counter()
+
+    def committed(self, scores: Iterable[Score]) -> None:
+        """Count scores that are in the ledger now."""
+        for score in scores:
+            self.status.units_done += 1
+            self._recent.append(score.seconds)
+            self._units_here += 1
+            self.status.committed_at = round(time.time(), 3)
+        self.found(scores)
+
+    def found(self, scores: Iterable[Score]) -> None:
+        """Count scores of vectors that nothing has asked for yet as ahead."""
+        for score in scores:
+            vector = score.vector_id, score.needle_set
+            if vector not in self._asked:
+                self._not_asked[vector] += 1
+
+    def asked(self, vectors: Iterable[tuple[str, str]]) -> None:
+        """Note that these (vector id, needle set) are needed: their units are no longer ahead."""
+        for vector in vectors:
+            self._asked.add(vector)
+            self._not_asked.pop(vector, None)
+
+    def refresh(
+        self,
+        units_left: int,
+        units_later: int,
+        units_of_tables: int,
+        scorers: Mapping[str, int],
+        faults: Mapping[str, int],
+    ) -> None:
+        """Bring the status up to date.
+
+        Args:
+            units_left: that the open race needs at most.
+            units_later: that later generations need at most.
+            units_of_tables: that the tables need after the last generation.
+            scorers: number of scorers by state.
+            faults: what went wrong and was mended, by kind.
+        """
+        status = self.status
+        status.units_ahead = self._not_asked.total()
+        status.units_left = units_left
+        status.unit_seconds = statistics.median(self._recent) if self._recent else None
+        status.elapsed_seconds = time.monotonic() - self._began
+        status.scorers = dict(scorers)
+        status.faults = dict(faults)
+        status.eta_seconds = None
+        if self._units_here:
+            expected = (units_left + units_later) * self._share_scored() + units_of_tables
+            status.eta_seconds = expected * status.elapsed_seconds / self._units_here
+
+    def _share_scored(self) -> float:
+        """Return the share of a generation's units that racing has left to score so far."""
+        status = self.status
+        if status.state != "searching":
+            return 1.0
+        asked = status.units_done - status.units_ahead
+        return 1 - status.units_eliminated / max(status.units_eliminated + asked, 1)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the status was last shown so long ago that it is time again."""
+        return time.monotonic() - self._shown >= STATUS_SECONDS
+
+    def show(self, event: str) -> None:
+        """Write the status and call the observers.
+
+        Raises:
+            FencedError: if a newer driver owns the run directory.
+        """
+        self._shown = time.monotonic()
+        self._run_dir.require_ownership()
+        self._run_dir.write_json(STATUS_FILE, asdict(self.status))
+        for observe in self._observers:
+            try:
+                observe(self.status, event)
+            except (Exception, SystemExit) as error:  # rich leaves a closed terminal by SystemExit
+                if observe not in self._failed:
+                    log.warning("%s: %s; the search goes on", type(error).__name__, error)
+                    self._failed.append(observe)

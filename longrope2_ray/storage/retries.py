@@ -1,4 +1,4 @@
-"""Trying again while storage is away or full."""
+"""Retrying storage that is away or full."""
 
 import logging
 import time
@@ -7,62 +7,54 @@ from typing import TypeVar
 
 from longrope2_ray.errors import RunDirError
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
-    0.25,
-    15.0,
-)  # between two tries to reach a storage that is away
-
-
-STORAGE_CLIENTS = (
-    "botocore",
-    "aiobotocore",
-    "aiohttp",
-    "gcsfs",
-    "google",
-    "azure",
-)  # with errors that are no OSError
-
+# Between two tries to reach storage that is away; the pause doubles from the first to the longest.
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 15.0
+# Packages whose errors mean that storage failed although they are no OSError.
+STORAGE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
+# What another try cannot change: no permission, a client that is not installed or cannot do this.
+_PERMANENT = (PermissionError, IsADirectoryError, ImportError, NotImplementedError)
 
 log = logging.getLogger("longrope2")
-
-
 T = TypeVar("T")
 
 
-def patiently(action: Callable[[], T], what: str, patience_seconds: float) -> T:
-    """Do it; while storage is away or full, again and again until patience is over.
+def retrying(action: Callable[[], T], what: str, patience_seconds: float) -> T:
+    """Run ``action``, again and again while storage fails, for at most ``patience_seconds``.
+
+    Args:
+        what: the action in words, such as ``write s3://bucket/run/winner.json``.
 
     Raises:
         FileNotFoundError, FileExistsError, NotADirectoryError: if that is the answer.
-        RunDirError: if it cannot be done.
+        RunDirError: if the action still fails at the end, or another try cannot mend it.
     """
-    began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+    began = time.monotonic()
+    pause = FIRST_PAUSE_SECONDS
     while True:
         try:
             return action()
         except (FileNotFoundError, FileExistsError, NotADirectoryError):
             raise
         except Exception as error:
-            if (
-                not isinstance(error, (OSError, ImportError, NotImplementedError))
-                and type(error).__module__.split(".")[0] not in STORAGE_CLIENTS
-            ):
+            if not _of_storage(error):
                 raise
-            # ImportError: the client of such URLs is not installed; NotImplementedError: it cannot do that
-            mends = not isinstance(
-                error, (PermissionError, IsADirectoryError, ImportError, NotImplementedError)
-            )
-            if not mends or time.monotonic() - began + pause > patience_seconds:
+            over = time.monotonic() - began + pause > patience_seconds
+            if over or isinstance(error, _PERMANENT):
                 raise RunDirError(
-                    f"--run-dir: cannot {what}: {error}; mend it, make room or set another --run-dir, then run "
-                    f"again to resume"
+                    f"--run-dir: cannot {what}: {error}; mend it, make room or set another "
+                    f"--run-dir, then run again to resume"
                 ) from error
             if pause == FIRST_PAUSE_SECONDS:
                 log.warning(
                     "cannot %s: %s; trying for %g s (storage.patience_seconds)",
-                    what,
-                    error,
-                    patience_seconds,
-                )
+                    what, error, patience_seconds,
+                )  # fmt: skip
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether an error comes from storage and not from a mistake in the code."""
+    known = isinstance(error, (OSError, ImportError, NotImplementedError))
+    return known or type(error).__module__.split(".")[0] in STORAGE_CLIENTS

@@ -9,30 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrope2_ray.storage.assets import ASSETS, BUNDLED_PREFIX
+from longrope2_ray.storage.assets import BUNDLED_PREFIX, bundled_folders, bundled_texts
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True)
 class Book:
-    """One real document: ``name`` for provenance and messages, ``text`` whole."""
+    """One real document.
+
+    Attributes:
+        name: its file's name without suffixes, for provenance and messages.
+        text: all of it.
+    """
 
     name: str
     text: str
 
 
 def resolve_text_paths(sources: Sequence[str], field: str = "text") -> list[Path]:
-    """Files behind ``sources``: a file, a directory, a glob pattern, or ``bundled:search`` / ``bundled:report``.
+    """Find the files behind ``sources``: files, directories, globs or bundled texts.
+
+    Args:
+        sources: each a path, a pattern, or a bundled text such as ``bundled:search``.
+        field: the recipe field that a message names.
 
     Raises:
-        ValueError: if a source matches no file; the message names it.
+        ValueError: if a source matches no file.
     """
     paths: list[Path] = []
     for source in sources:
         if source.startswith(BUNDLED_PREFIX):
-            folder = ASSETS / "text" / source.removeprefix(BUNDLED_PREFIX)
-            found = sorted(folder.glob("*.txt.xz"))
+            found = bundled_texts(source)
         elif Path(source).is_dir():
             found = sorted(p for p in Path(source).iterdir() if ".txt" in p.suffixes)
         elif Path(source).is_file():
@@ -41,15 +49,19 @@ def resolve_text_paths(sources: Sequence[str], field: str = "text") -> list[Path
             found = [Path(p) for p in sorted(glob.glob(source))]
         if not found:
             raise ValueError(
-                f"{field}: expected a text file, a directory of .txt files, a glob, 'bundled:search' or 'bundled:report', "
-                f"got {source!r}, which matches nothing"
+                f"{field}: expected a text file, a directory of .txt files, a glob, "
+                f"{', '.join(bundled_folders())}, got {source!r}, which matches nothing"
             )
         paths += found
     return paths
 
 
 def load_books(sources: Sequence[str], field: str = "text") -> list[Book]:
-    """Read every file behind ``sources`` (``.txt``, also ``.xz`` or ``.gz``) as one book each, in a fixed order; ``field`` is what a message names.
+    """Read every file behind ``sources`` as one book each, in a fixed order.
+
+    Args:
+        sources: as in ``resolve_text_paths``; a file may end in ``.xz`` or ``.gz``.
+        field: the recipe field that a message names.
 
     Raises:
         ValueError: if a source matches nothing or a file is not UTF-8 text.

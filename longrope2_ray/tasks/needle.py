@@ -1,13 +1,14 @@
-"""Needle documents: the synthetic long data whose answers alone are scored (LongRoPE2 Sec. 3.2, App. C).
+"""Needle documents: synthetic long documents of which the answer alone is scored.
 
-A sample is exactly ``length`` tokens: BOS, instruction, needle, a real document, question, answer.
+A sample is exactly ``length`` tokens: BOS, instruction, needle, a real document, question, answer
+(LongRoPE2 Sec. 3.2, App. C; the texts are those of RULER).
 """
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +19,7 @@ INSTRUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards.\n"
 )
-
-
 NEEDLE = "One of the special magic numbers for {key} is: {value}.\n"
-
-
 QUESTION = (
     "\nWhat is the special magic number for {key} mentioned in the provided text? "
     "The special magic number for {key} mentioned in the provided text is"
@@ -30,7 +27,7 @@ QUESTION = (
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The part of a transformers tokenizer that tasks use."""
 
     bos_token_id: int | None
 
@@ -46,10 +43,10 @@ class NeedleSample:
     """One scored document.
 
     Attributes:
-        input_ids: (T,) int64, T exactly the target length, the answer at its end.
+        input_ids: (T,) int64 tokens, T exactly the target length, the answer at their end.
         answer_span: (start, stop) of the answer's tokens; ``stop == len(input_ids)``.
         depth: where the needle stands in the document, 0 its start, 1 its end.
-        key: the adjective-noun asked for.
+        key: the adjective-noun that the question asks for.
         value: its seven digits.
         book: the name of the document's book.
     """
@@ -61,9 +58,27 @@ class NeedleSample:
     value: str
     book: str
 
+    @cached_property
+    def id(self) -> str:
+        """Sixteen hex digits that change with any token and with the answer's position."""
+        return hashlib.sha256(self._content).hexdigest()[:16]
+
+    @property
+    def _content(self) -> bytes:
+        return self.input_ids.astype("<i8").tobytes() + repr(self.answer_span).encode()
+
+
+def needle_fingerprint(samples: Sequence[NeedleSample]) -> str:
+    """Return sixteen hex digits that change with any token or answer position of a set."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample._content)
+    return digest.hexdigest()[:16]
+
 
 @cache
 def _words() -> tuple[list[str], list[str]]:
+    """Return the adjectives and the nouns of wonderwords, those of small ASCII letters alone."""
     from wonderwords import RandomWord
 
     words = RandomWord()
@@ -79,18 +94,21 @@ def _words() -> tuple[list[str], list[str]]:
 
 
 def draw_key(rng: random.Random) -> str:
-    """An adjective-noun such as ``numerous-kite``."""
+    """Draw an adjective-noun such as ``numerous-kite``."""
     adjectives, nouns = _words()
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
 
 def draw_value(rng: random.Random) -> str:
-    """Seven digits, the first not zero."""
+    """Draw seven digits, the first not zero."""
     return str(rng.randrange(1_000_000, 10_000_000))
 
 
 def encode_answer(tokenizer: Tokenizer, question: str, value: str) -> tuple[list[int], list[int]]:
-    """Question and answer encoded apart, such that their concatenation decodes to ``question + " " + value``.
+    """Encode question and answer apart.
+
+    Their tokens one after the other decode to ``question + " " + value``: with some tokenizers the
+    answer needs its space before it, others add it by themselves.
 
     Raises:
         ValueError: if no way of encoding the answer round-trips through this tokenizer.
@@ -102,8 +120,8 @@ def encode_answer(tokenizer: Tokenizer, question: str, value: str) -> tuple[list
         if decoded.strip() == f"{question} {value}".strip():
             return question_ids, answer_ids
     raise ValueError(
-        f"model.path: expected a tokenizer that gives the answer back, but 'is {value}' came back as "
-        f"{decoded[-len(value) - 4 :]!r}; needle samples can't be built with this tokenizer"
+        f"model.path: expected a tokenizer that gives the answer back, but 'is {value}' came back "
+        f"as {decoded[-len(value) - 4 :]!r}; needle samples can't be built with this tokenizer"
     )
 
 
@@ -118,10 +136,16 @@ def build_sample(
     book: str = "",
     section: str = "needles",
 ) -> NeedleSample:
-    """One sample of exactly ``length`` tokens around as much of ``document_ids`` as fits.
+    """Build one sample of exactly ``length`` tokens around as much of the document as fits.
+
+    Args:
+        document_ids: tokens of the document.
+        depth: where the needle stands in it, 0 its start, 1 its end.
+        book: the document's name, for messages.
+        section: the recipe section that a message names.
 
     Raises:
-        ValueError: if the document is too short for the length, or the length too short for the template.
+        ValueError: if the document is too short for the length, or the length for the template.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     head = bos + tokenizer.encode(INSTRUCTION, add_special_tokens=False)
@@ -129,19 +153,21 @@ def build_sample(
     question, answer = encode_answer(tokenizer, QUESTION.format(key=key), value)
     room = length - len(head) - len(needle) - len(question) - len(answer)
     if room < 0:
+        field = "report.lengths" if section == "report" else "search.target_length"
         raise ValueError(
-            f"{'report.lengths' if section == 'report' else 'search.target_length'}: expected at least {length - room} tokens (instruction, needle, question and answer "
-            f"of this tokenizer), got {length}"
+            f"{field}: expected at least {length - room} tokens (instruction, needle, question and "
+            f"answer of this tokenizer), got {length}"
         )
     if len(document_ids) < room:
-        raise ValueError(f"{section}.text: expected a document of {room} tokens for a target length of {length}, "
-                         f"got {len(document_ids)} in {book or 'the text'}; add longer text")  # fmt: skip
+        raise ValueError(
+            f"{section}.text: expected a document of {room} tokens for a target length of "
+            f"{length}, got {len(document_ids)} in {book or 'the text'}; add longer text"
+        )
     document = list(document_ids[:room])
     cut = round(depth * room)
     ids = head + document[:cut] + needle + document[cut:] + question + answer
-    return NeedleSample(
-        np.asarray(ids, dtype=np.int64), (length - len(answer), length), depth, key, value, book
-    )
+    answer_span = (length - len(answer), length)
+    return NeedleSample(np.asarray(ids, dtype=np.int64), answer_span, depth, key, value, book)
 
 
 def build_needle_set(
@@ -154,12 +180,13 @@ def build_needle_set(
     depth: str | float = "start",
     section: str = "needles",
 ) -> list[NeedleSample]:
-    """``num_samples`` documents from different books (as far as there are enough), all drawn from ``seed``.
+    """Build samples from different books, as far as there are enough, all drawn from ``seed``.
 
     Args:
-        depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code does), or a fixed
-            number in 0 ... 1.
-        section: of the recipe, for messages.
+        length: tokens of each sample.
+        depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code
+            does), or a fixed number in 0 ... 1.
+        section: the recipe section that a message names.
 
     Raises:
         ValueError: if no book is long enough, or the tokenizer does not give an answer back.
@@ -167,55 +194,58 @@ def build_needle_set(
     if not books:
         raise ValueError(f"{section}.text: expected at least one book, got none")
     rng = random.Random(f"needles/{seed}")
-    order = list(range(len(books)))
-    rng.shuffle(order)
-    encoded: dict[int, list[int]] = {}
-    longest = 0
-
-    def ids_of(index: int) -> list[int]:
-        if index not in encoded:
-            encoded[index] = tokenizer.encode(
-                books[index].text, add_special_tokens=False, split_special_tokens=True
-            )
-        return encoded[index]
-
-    samples: list[NeedleSample] = []
-    turn = 0
-    while len(samples) < num_samples:
-        if not order:
-            raise ValueError(
-                f"{section}.text: expected at least one book of {length} tokens (the target length), "
-                f"the longest of {len(books)} has {longest}; add longer text or lower search.target_length"
-            )
-        index = order[turn % len(order)]
-        ids = ids_of(index)
-        longest = max(longest, len(ids))
-        if len(ids) < length:
-            order.remove(index)
-            continue
-        turn += 1
-        position = len(samples)
-        where = {"start": 0.0, "stratified": position / max(num_samples - 1, 1)}.get(str(depth))
+    shuffled = list(books)
+    rng.shuffle(shuffled)
+    long_books = _cycle_long_books(tokenizer, shuffled, length, section)
+    samples = []
+    for index, (book, ids) in zip(range(num_samples), long_books, strict=False):
         start = rng.randrange(len(ids) - length + 1)
-        samples.append(
-            build_sample(
-                tokenizer,
-                ids[start : start + length],
-                length=length,
-                key=draw_key(rng),
-                value=draw_value(rng),
-                depth=float(depth) if where is None else where,
-                book=books[index].name,
-                section=section,
-            )
+        sample = build_sample(
+            tokenizer,
+            ids[start : start + length],
+            length=length,
+            key=draw_key(rng),
+            value=draw_value(rng),
+            depth=_depth_of_sample(depth, index, num_samples),
+            book=book.name,
+            section=section,
         )
+        samples.append(sample)
     return samples
 
 
-def needle_fingerprint(samples: Sequence[NeedleSample]) -> str:
-    """Sixteen hex digits that change with any token or answer position of the set."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.input_ids.astype("<i8").tobytes())
-        digest.update(repr(sample.answer_span).encode())
-    return digest.hexdigest()[:16]
+def _cycle_long_books(
+    tokenizer: Tokenizer, books: Sequence[Book], length: int, section: str
+) -> Iterator[tuple[Book, list[int]]]:
+    """Yield the books of at least ``length`` tokens with their tokens, over and over.
+
+    No book is encoded before it is its turn.
+
+    Raises:
+        ValueError: naming the text of the recipe's ``section``, if no book is long enough.
+    """
+    long_books = []
+    longest = 0
+    for book in books:
+        ids = tokenizer.encode(book.text, add_special_tokens=False, split_special_tokens=True)
+        longest = max(longest, len(ids))
+        if len(ids) >= length:
+            long_books.append((book, ids))
+            yield book, ids
+    if not long_books:
+        raise ValueError(
+            f"{section}.text: expected at least one book of {length} tokens (the target length), "
+            f"the longest of {len(books)} has {longest}; add longer text or lower "
+            f"search.target_length"
+        )
+    while True:
+        yield from long_books
+
+
+def _depth_of_sample(depth: str | float, index: int, num_samples: int) -> float:
+    """Return the depth of the needle in one of ``num_samples`` samples."""
+    if depth == "start":
+        return 0.0
+    if depth == "stratified":
+        return index / max(num_samples - 1, 1)
+    return float(depth)

@@ -1,4 +1,8 @@
-"""Attention in training: inside documents, over sequence-parallel ranks."""
+"""Attention in training: inside documents, over sequence-parallel ranks.
+
+Shapes: T tokens of a segment, S sequence-parallel ranks, t = T / S tokens of a rank, H query
+heads, K key/value heads, E head size.
+"""
 
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -6,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from longrope2_ray.model.attention import banded_attention, causal_attention
+from longrope2_ray.model.attention import banded_attention, causal_attention, route_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,14 +29,16 @@ def document_attention(
     window: int | None = None,
     kernel: str = "sdpa",
 ) -> torch.Tensor:
-    """Causal attention inside each of ``ranges``; (1, H, T, E).
+    """Return causal attention inside each of ``ranges``, (1, H, T, E).
 
     Args:
-        query: (1, H, T, E).
-        key: (1, K, T, E); ``value`` likewise.
-        ranges: bounds from 0 to T.
+        query: (1, H, T, E) queries.
+        key: (1, K, T, E) keys.
+        value: (1, K, T, E) values.
+        ranges: bounds of the ranges, ascending from 0 to T.
+        scaling: factor of the attention logits; 1 / sqrt(E) if None.
         window: tokens that a query sees, itself among them; None for all before it in its range.
-        kernel: ``flash_attention_2`` takes all ranges in one call, anything else one call for each.
+        kernel: ``flash_attention_2`` takes all ranges in one call, any other a call for each.
     """
     if kernel == "flash_attention_2":
         return _flash_varlen(query, key, value, ranges, scaling, window)
@@ -50,7 +55,7 @@ def document_attention(
 def flash_varlen_inputs(
     ranges: np.ndarray, device: torch.device, window: int | None
 ) -> dict[str, Any]:
-    """Arguments of flash-attn's varlen call beside the tensors and the scale."""
+    """Return the arguments of flash-attn's varlen call beside the tensors and the scale."""
     bounds = torch.as_tensor(np.asarray(ranges, dtype=np.int32), device=device)
     longest = int(np.diff(ranges).max())
     return {
@@ -73,7 +78,8 @@ def _flash_varlen(
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (T, H, E)
+    # (1, H, T, E) to (T, H, E)
+    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     out = flash_attn_varlen_func(
         *rows, softmax_scale=scaling, **flash_varlen_inputs(ranges, query.device, window)
     )
@@ -81,7 +87,10 @@ def _flash_varlen(
 
 
 class _AllToAll(torch.autograd.Function):
-    """(S, ...) to (S, ...): part j of rank i becomes part i of rank j; its own transpose, so backward is the same."""
+    """All-to-all of (S, ...) tensors: part j of rank i becomes part i of rank j.
+
+    It is its own transpose, so the backward pass is the same.
+    """
 
     @staticmethod
     def forward(ctx: Any, parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -96,7 +105,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def gather_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(1, H, t, E) of this rank's tokens to (1, H / S, T, E) of this rank's heads (Ulysses)."""
+    """Turn (1, H, t, E) of this rank's tokens into (1, H / S, T, E) of its heads (Ulysses)."""
     size = group.size()
     _, heads, tokens, width = tensor.shape
     received = _AllToAll.apply(tensor.reshape(size, heads // size, tokens, width), group)
@@ -104,7 +113,7 @@ def gather_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
 
 
 def scatter_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(1, H / S, T, E) of this rank's heads back to (1, H, t, E) of this rank's tokens."""
+    """Turn (1, H / S, T, E) of this rank's heads back into (1, H, t, E) of its tokens."""
     size = group.size()
     _, heads, tokens, width = tensor.shape
     parts = tensor.reshape(heads, size, tokens // size, width).transpose(0, 1)
@@ -112,54 +121,29 @@ def scatter_sequence(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Te
 
 
 class SegmentAttention:
-    """The attention of a model in training: routes every layer through ``document_attention`` of the present segment.
-
-    transformers makes no mask for an attention function without a mask function of its own, so neither a (T, T) mask
-    nor its guess about packed documents comes into play.
-    """
+    """The attention of a model in training: ``document_attention`` of the present segment."""
 
     def __init__(
         self, model: "PreTrainedModel", kernel: str, group: dist.ProcessGroup | None
     ) -> None:
-        from transformers import AttentionInterface
-
         self._kernel, self._group = kernel, group
         self.ranges = np.zeros(2, dtype=np.int32)
-        AttentionInterface.register(_ATTENTION_NAME, self._attend)
-        model.config.get_text_config()._attn_implementation = _ATTENTION_NAME
+        route_attention(model.config.get_text_config(), _ATTENTION_NAME, self._attend)
 
     def _attend(
         self,
-        module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """(1, H, t, E) queries to (1, t, H, E)."""
-        if attention_mask is not None or softcap is not None or s_aux is not None:
-            raise ValueError(
-                f"model.path: {type(module).__name__} asks for a mask, a softcap or attention sinks, "
-                "which training does not support"
-            )
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """(1, H, t, E) queries, this rank's tokens, to (1, H, t, E)."""
         if self._group is not None:
             query, key, value = (
                 gather_sequence(tensor, self._group) for tensor in (query, key, value)
             )
         out = document_attention(
-            query,
-            key,
-            value,
-            self.ranges,
-            scaling=scaling,
-            window=sliding_window or None,
-            kernel=self._kernel,
+            query, key, value, self.ranges, scaling=scaling, window=window, kernel=self._kernel
         )
-        if self._group is not None:
-            out = scatter_sequence(out, self._group)
-        return out.transpose(1, 2).contiguous(), None
+        return out if self._group is None else scatter_sequence(out, self._group)

@@ -1,19 +1,26 @@
-"""What follows from the step: the learning rate, the segments of a batch, their targets and positions."""
+"""What follows from the step alone: learning rate, segments of a batch, targets, positions.
+
+Shapes: T tokens of a segment.
+"""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from longrope2_ray.data.packing import Segment
+from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.training import TrainSection
 
-if TYPE_CHECKING:
-    pass
+IGNORED = -100  # stands in the targets where a position has none
 
 
 def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> None:
-    """Refuse a split that does not come out even; cheap, for the driver to call first.
+    """Refuse workers that cannot share segments and batches evenly.
+
+    Args:
+        world: workers.
+        num_kv_heads: the model's key/value heads.
+        settings: the recipe's train section.
 
     Raises:
         ValueError: naming the field to change.
@@ -34,11 +41,14 @@ def check_parallel(world: int, num_kv_heads: int, settings: TrainSection) -> Non
         )
 
 
-IGNORED = -100  # a position whose next token is not a target
-
-
 def learning_rate(step: int, num_steps: int, settings: TrainSection) -> float:
-    """Linear warm-up, then a cosine to zero at ``num_steps``; ``step`` counts from 0."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero at ``num_steps``.
+
+    Args:
+        step: the step, from 0.
+        num_steps: optimizer steps in all.
+        settings: the recipe's train section.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(num_steps - settings.warmup_steps, 1)
@@ -46,12 +56,46 @@ def learning_rate(step: int, num_steps: int, settings: TrainSection) -> float:
 
 
 def steps_per_epoch(num_segments: int, settings: TrainSection) -> int:
-    """Whole global batches in one pass over the data."""
+    """Return the whole global batches in one pass over the data."""
     return num_segments // settings.global_batch_size
 
 
+def require_epoch(recipe: Recipe, num_segments: int, packed_length: int) -> int:
+    """Return the optimizer steps of one epoch.
+
+    Args:
+        recipe: the recipe.
+        num_segments: segments of the training data.
+        packed_length: tokens of each segment.
+
+    Raises:
+        ValueError: if the data does not fit the recipe.
+    """
+    settings, target = recipe.train, recipe.search.target_length
+    if packed_length != target:
+        raise ValueError(
+            f"search.target_length: expected {packed_length}, for which the training data was "
+            f"packed, got {target}; run longrope2 data again"
+        )
+    if target % settings.sequence_parallel:
+        raise ValueError(
+            f"train.sequence_parallel: expected a divisor of the target length {target}, "
+            f"got {settings.sequence_parallel}"
+        )
+    epoch = steps_per_epoch(num_segments, settings)
+    if not epoch:
+        raise ValueError(
+            f"train.global_batch_size: expected at most the {num_segments} segments of the data, "
+            f"got {settings.global_batch_size}; lower it or raise data.bands.tokens"
+        )
+    return epoch
+
+
 def batch_indices(step: int, num_segments: int, settings: TrainSection) -> list[int]:
-    """Segments of one optimizer step: the data position is a function of the step, so that a resume repeats nothing."""
+    """Return the segments of one optimizer step, by index.
+
+    The data position is a function of the step, so that a resumed training repeats nothing.
+    """
     epoch, batch = divmod(step, steps_per_epoch(num_segments, settings))
     order = np.random.default_rng((settings.seed, epoch)).permutation(num_segments)
     size = settings.global_batch_size
@@ -59,7 +103,10 @@ def batch_indices(step: int, num_segments: int, settings: TrainSection) -> list[
 
 
 def targets_of(segment: Segment) -> np.ndarray:
-    """(T,) the next token at every position; ``IGNORED`` where it is the first one of a document, or there is none."""
+    """Return the next token at every position, (T,).
+
+    It is ``IGNORED`` at the last position of each document.
+    """
     targets = np.full(len(segment.input_ids), IGNORED, dtype=np.int64)
     targets[:-1] = segment.input_ids[1:]
     targets[np.asarray(segment.cu_seqlens[1:]) - 1] = IGNORED
@@ -67,13 +114,16 @@ def targets_of(segment: Segment) -> np.ndarray:
 
 
 def attention_ranges(segment: Segment) -> np.ndarray:
-    """Bounds of what attends to what: documents in a short segment, everything in a long one (Fig. 5)."""
+    """Return the bounds of the ranges inside which tokens attend to each other (Fig. 5).
+
+    A range is a document in a short segment, and the whole of a long one.
+    """
     ends = segment.cu_seqlens if segment.window == "short" else (0, len(segment.input_ids))
     return np.asarray(ends, dtype=np.int32)
 
 
 def position_ids_of(segment: Segment) -> np.ndarray:
-    """(T,) positions, from 0 in each attention range."""
+    """Return positions that start at 0 in each attention range, (T,)."""
     ranges = attention_ranges(segment)
     starts: np.ndarray = np.repeat(ranges[:-1], np.diff(ranges))
     return np.arange(len(segment.input_ids)) - starts

@@ -1,22 +1,25 @@
-"""Reading a checkpoint as data: nothing that it names is run."""
+"""Reading a checkpoint as data: no code that it names is run.
+
+torch unpickles a checkpoint's ``.metadata`` and whatever is no tensor, and so would run the code
+that a forged checkpoint names.
+"""
 
 import io
 import pickle
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 
-if TYPE_CHECKING:
-    pass
-
-# What the metadata of a checkpoint may name beside dtypes, and what is made of it. Its path is not needed; Python 3.11.2
-# pickles an enum as a getattr.
+# What a checkpoint's metadata may name beside dtypes, and what is made of it. Its path is not
+# needed; Python 3.11.2 pickles an enum as a getattr.
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     **{
         (made.__module__, made.__name__): made
@@ -40,7 +43,30 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
+def read_checkpoint(folder: str, state: dict[str, Any]) -> None:
+    """Fill a state's tensors, in place, from a distributed checkpoint of any number of ranks.
+
+    Args:
+        folder: the local folder of the checkpoint.
+        state: nested dictionaries of tensors; every rank calls with its own shards.
+
+    Raises:
+        ValueError: if the checkpoint holds anything that could run code.
+    """
+    # built outside the try: torch would go on without the metadata that this refuses
+    reader = _DataReader(folder)
+    try:
+        load_checkpoint(state, storage_reader=reader, planner=_TensorPlanner())
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, pickle.UnpicklingError):
+                raise _refused(folder, failure) from error
+        raise
+
+
 class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles metadata and refuses every other class or function."""
+
     def find_class(self, module: str, name: str) -> Any:
         found = _METADATA_CLASSES.get((module, name))
         if found is None and module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -51,7 +77,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _DataReader(FileSystemReader):
-    """Reads a checkpoint as data: torch's own reader would run the code that a forged ``.metadata`` names.
+    """Reads a checkpoint's metadata as data, where torch's own reader unpickles anything.
 
     Raises:
         ValueError: if ``.metadata`` holds anything but metadata.
@@ -80,10 +106,10 @@ class _TensorPlanner(DefaultLoadPlanner):
 
 
 def _refused(place: str | Path, what: object) -> ValueError:
-    named = re.search(r"GLOBAL (\S+)", str(what)) or re.search(
-        "(.+)", str(what)
-    )  # torch's message has many lines
+    # torch's message has many lines; the name that it refused says most, else its first line
+    named = re.search(r"GLOBAL (\S+)", str(what)) or re.search("(.+)", str(what))
     return ValueError(
-        f"{place} is no checkpoint of a training, it holds something else ({named[1] if named else 'nothing'}), and "
-        f"none of it was run; find out who wrote it, remove the checkpoint and run again to go on from an older one"
+        f"{place} is no checkpoint of a training, it holds something else "
+        f"({named[1] if named else 'nothing'}), and none of it was run; find out who wrote it, "
+        f"remove the checkpoint and run again to go on from an older one"
     )

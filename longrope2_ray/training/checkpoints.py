@@ -1,89 +1,95 @@
-"""A training's checkpoints on storage: written whole, sealed, and found again after anything has died.
+"""A training's checkpoints on storage: written whole, sealed, and found again after any fault.
 
-    checkpoints/000002-5c1d.../checkpoint_.../   one folder for each command that trained, as claimed in drivers/
+    checkpoints/000002-5c1d.../checkpoint_.../   one folder for each command, named after its claim
         __0_0.distcp, .metadata                  torch's distributed checkpoint
-        whole-00000-of-00002.json                step, and the SHA-256 of every file that this worker wrote
+        whole-00000-of-00002.json                a worker's seal: the step, and its files' SHA-256
 
-Nothing else says what there is: a checkpoint with the seals of all its workers, whose files match them, is one to resume
-from; the newest is that of the highest step. What Ray Train notes about its checkpoints is not read again.
+Training resumes from a checkpoint if all its workers have sealed it and its files match the
+seals; of several, from the one with the highest step. What Ray Train notes about its checkpoints
+is not read again.
 """
 
-import hashlib
 import io
 import json
 import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longrope2_ray.storage.retries import patiently
+from longrope2_ray.storage.digests import file_digest
+from longrope2_ray.storage.retries import retrying
 
-KEPT = 2  # the newest, and one to fall back on if it was damaged
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from pyarrow.fs import FileSystem
+
+KEPT = 2  # the newest checkpoint, and one to fall back on if that is damaged
+
+# Gives a local folder with the files of a path on a filesystem, for the time of a block.
+Download = Callable[[str, "FileSystem"], AbstractContextManager[str]]
 
 
-def seal(folder: str, step: int, rank: int, world: int) -> None:
-    """Say what the files that this worker wrote into ``folder`` must be, for ``is_whole`` to check."""
-    sums = {path.name: _digest(path) for path in sorted(Path(folder).iterdir())}
+def seal(folder: str, step: int, rank: int, world_size: int) -> None:
+    """Write the checksums of the files that this worker wrote into ``folder``, for ``is_whole``."""
+    sums = {path.name: file_digest(path) for path in sorted(Path(folder).iterdir())}
     body = json.dumps({"step": step, "sha256": sums})
-    Path(folder, f"whole-{rank:05d}-of-{world:05d}.json").write_text(body)
+    Path(folder, f"whole-{rank:05d}-of-{world_size:05d}.json").write_text(body)
 
 
-def is_whole(folder: str, rank: int, world: int) -> bool:
-    """Whether the files of a checkpoint are what was written; each of ``world`` workers looks at its share of them."""
+def is_whole(folder: str, rank: int, world_size: int) -> bool:
+    """Whether a checkpoint's files match its seals.
+
+    Each of the ``world_size`` workers that ask checks its own share of the files.
+    """
     seals = sorted(Path(folder).glob("whole-*.json"))
+    # a damaged seal can fail in any of these ways
+    damage = (OSError, ValueError, LookupError, TypeError, AttributeError)
     try:
         expected = [
             item for path in seals for item in json.loads(path.read_text())["sha256"].items()
         ]
-        return bool(seals) and all(
-            _digest(Path(folder, name)) == sum for name, sum in expected[rank::world]
-        )
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # not there, or no seal any more
+        own = expected[rank::world_size]
+        return bool(seals) and all(file_digest(Path(folder, name)) == sha for name, sha in own)
+    except damage:
         return False
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Snapshots:
+class CheckpointStore:
     """The checkpoints of one training.
 
     Args:
-        url: of its folder in the run directory.
+        url: the training's folder in the run directory.
         patience_seconds: how long to try again when storage fails or is full.
+
+    Attributes:
+        path: the folder of all checkpoints, as ``filesystem`` names it.
+        filesystem: a pyarrow filesystem through which Ray Train writes checkpoints.
     """
 
     def __init__(self, url: str, patience_seconds: float):
         import pyarrow.fs
         from fsspec.core import url_to_fs
 
-        # Left alone, Ray Train would take pyarrow's client, which finds keys, endpoint and region in another way than
-        # fsspec's, through which everything else here goes. Listings are not kept: every worker has a client of its own.
+        # Left alone, Ray Train would take pyarrow's client, which finds keys, endpoint and region
+        # in another way than fsspec's, through which everything else here goes. Listings are not
+        # kept: every worker has a client of its own.
         filesystem, path = url_to_fs(url, use_listings_cache=False)
         self.path = f"{path}/checkpoints"
-        self._files = PatientFiles(filesystem, patience_seconds)
+        self._files = RetryingFiles(filesystem, patience_seconds)
         self.filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self._files))
         self._local = "://" not in url
 
     def found(self) -> list[str]:
-        """Paths of the checkpoints whose workers have all sealed them, that of the highest step first."""
+        """Return the paths of the checkpoints that are sealed, the highest step first."""
         steps = {path: step for path in self._all() if (step := self._step(path)) is not None}
         return sorted(steps, key=lambda path: (steps[path], path), reverse=True)
 
     def prune(self) -> None:
-        """Remove what no resume needs: all but the newest, and what was not finished."""
+        """Remove all checkpoints but the newest ``KEPT``, and those that were not finished."""
         kept = self.found()[:KEPT]
         for command in self._folders(self.path):
             if not any(path.startswith(f"{command}/") for path in kept):
@@ -93,14 +99,16 @@ class Snapshots:
                 self._files.rm(path, recursive=True)
 
     @contextmanager
-    def opened(self, path: str) -> Iterator[str]:
-        """A folder of this machine with a checkpoint's files: a shared one is read in place, by each worker what it needs."""
-        from ray.train import Checkpoint
+    def opened(self, path: str, download: Download) -> Iterator[str]:
+        """Give a local folder with a checkpoint's files for the time of a block.
 
+        On a shared filesystem that is the checkpoint itself: each worker reads what it needs.
+        From an object store it is downloaded.
+        """
         if self._local:
             yield path
             return
-        with Checkpoint(path, self.filesystem).as_directory() as folder:
+        with download(path, self.filesystem) as folder:
             yield folder
 
     def _all(self) -> list[str]:
@@ -111,21 +119,18 @@ class Snapshots:
 
     def _names(self, path: str, kind: str) -> list[str]:
         try:
-            return sorted(
-                entry["name"].rstrip("/")
-                for entry in self._files.ls(path, detail=True)
-                if entry["type"] == kind
-            )
+            entries = self._files.ls(path, detail=True)
         except FileNotFoundError:
             return []
+        return sorted(entry["name"].rstrip("/") for entry in entries if entry["type"] == kind)
 
     def _step(self, path: str) -> int | None:
-        """The step of a checkpoint that all of its workers have sealed."""
+        """Return the step of a checkpoint, None unless all of its workers have sealed it."""
         seals = [
             name for name in self._names(path, "file") if Path(name).match("whole-*-of-*.json")
         ]
-        worlds = [int(name[-10:-5]) for name in seals]
-        if not seals or worlds.count(worlds[0]) < worlds[0]:
+        world_sizes = [int(name[-10:-5]) for name in seals]
+        if not seals or world_sizes.count(world_sizes[0]) < world_sizes[0]:
             return None
         try:
             return int(json.loads(self._files.cat_file(seals[0]))["step"])
@@ -133,29 +138,35 @@ class Snapshots:
             return None
 
 
-class PatientFiles:
-    """An fsspec filesystem as Ray Train uses it, whose calls are tried again while storage is away or full.
+class RetryingFiles:
+    """An fsspec filesystem as Ray Train uses it: calls are repeated while storage fails or is full.
 
-    A file appears whole or not at all: what is written goes to a file of this machine first, what is read comes from one.
+    A file appears whole or not at all: a stream writes to a local file, which is copied to its
+    place when the stream is closed; and it reads from a local copy.
+
+    Args:
+        filesystem: the fsspec filesystem.
+        patience_seconds: how long to repeat a call.
     """
 
-    def __init__(self, filesystem: Any, patience_seconds: float):
-        self._filesystem, self._patience_seconds = filesystem, patience_seconds
+    def __init__(self, filesystem: "AbstractFileSystem", patience_seconds: float):
+        self._filesystem = filesystem
+        self._patience_seconds = patience_seconds
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of an object that is just being unpickled
+        if name.startswith("_"):  # while an object is unpickled, it has no attributes yet
             raise AttributeError(name)
         attribute = getattr(self._filesystem, name)
-        return partial(self._try, attribute) if callable(attribute) else attribute
+        return partial(self._retry, attribute) if callable(attribute) else attribute
 
-    def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _retry(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         what = f"{call.__name__} {arguments[0] if arguments else ''}"
-        return patiently(lambda: call(*arguments, **options), what, self._patience_seconds)
+        return retrying(lambda: call(*arguments, **options), what, self._patience_seconds)
 
     def open(self, path: str, mode: str) -> io.FileIO:
-        """A stream to a file that goes to its place when it is closed, or from a copy."""
+        """Open a stream that writes a file whole when it is closed, or reads a copy of it."""
         if "w" in mode:
-            return _Outgoing(partial(self._try, self._put, path))
+            return _Upload(partial(self._retry, self._put, path))
         with tempfile.NamedTemporaryFile() as copy:
             self.get_file(path, copy.name)
             return io.FileIO(copy.name)
@@ -173,8 +184,8 @@ class PatientFiles:
             raise
 
 
-class _Outgoing(io.FileIO):
-    """A file of this machine that is handed to ``put`` when it is closed, and goes."""
+class _Upload(io.FileIO):
+    """A local temporary file; closing it hands its path to ``put`` and removes it."""
 
     def __init__(self, put: Callable[[str], None]):
         handle, self._copy = tempfile.mkstemp()

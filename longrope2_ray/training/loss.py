@@ -1,4 +1,4 @@
-"""The loss of a segment, and whether a family can be trained by it."""
+"""The loss of a segment, and whether a model's family can be trained with it."""
 
 import math
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ _PROBE_TOKENS = 16
 
 
 class SegmentLoss(nn.Module):
-    """A causal language model that answers with the summed NLL of its targets; logits exist a chunk at a time.
+    """A causal language model whose forward returns the summed NLL of its targets.
 
     Args:
-        model: with a linear language head.
+        model: a model with a linear language head.
         chunk_tokens: tokens whose logits exist at once.
     """
 
@@ -34,7 +34,13 @@ class SegmentLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """(1, t) ids, positions and targets to a float32 scalar."""
+        """Return the NLL of a segment's targets, a float32 scalar, in nats.
+
+        Args:
+            input_ids: (1, t) token ids.
+            position_ids: (1, t) positions.
+            targets: (1, t) next tokens, ``IGNORED`` where there is none.
+        """
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
         ).last_hidden_state[0]
@@ -51,11 +57,14 @@ class SegmentLoss(nn.Module):
 
 
 def require_trainable(loss: SegmentLoss, vocab_size: int) -> None:
-    """Try a few tokens on the model as it was loaded, before it is sharded: its own loss, and documents that do not leak.
+    """Try a few tokens on the model as it was loaded, before it is sharded.
+
+    The loss must be the model's own, and documents must not leak into each other.
 
     Raises:
-        ValueError: if the family does something else with its logits, such as scaling or capping them; if its layers
-            carry something from one document of a segment into the next, as recurrent ones do; if it fails at all.
+        ValueError: if the family does something else with its logits, such as scaling or capping
+            them; if its layers carry something from one document of a segment into the next, as
+            recurrent ones do; if it fails at all.
     """
     model, family = loss.model, type(loss.model).__name__
     text, training = model.config.get_text_config(), model.training
@@ -78,15 +87,19 @@ def require_trainable(loss: SegmentLoss, vocab_size: int) -> None:
         )
     if not leaked <= 1e-5 * found:
         raise ValueError(
-            f"model.path: {family} carries something from one document of a segment into the next (its loss moves by "
-            f"{leaked:.1e}), as recurrent and convolution layers do; training needs attention layers alone"
+            f"model.path: {family} carries something from one document of a segment into the next "
+            f"(its loss moves by {leaked:.1e}), as recurrent and convolution layers do; training "
+            f"needs attention layers alone"
         )
 
 
 @torch.no_grad()
 def _probe(loss: SegmentLoss, vocab_size: int) -> tuple[float, float, float]:
-    """NLL of one document by the family's own forward, the same by ``loss``, and how much another document before it in
-    its segment changes that."""
+    """Return three numbers about one document, in nats.
+
+    Its NLL by the family's own forward; its NLL by ``loss``; and how much the latter changes with
+    another document before it in the segment.
+    """
     device = next(loss.parameters()).device
     document = torch.arange(_PROBE_TOKENS, device=device) % vocab_size
     positions = torch.arange(_PROBE_TOKENS, device=device)
@@ -95,7 +108,7 @@ def _probe(loss: SegmentLoss, vocab_size: int) -> tuple[float, float, float]:
     attention = SegmentAttention(loss.model, "sdpa", None)
 
     def nll(documents: Sequence[torch.Tensor]) -> float:
-        """Of the last document."""
+        """Return the NLL of the last document of a segment."""
         count = len(documents)
         attention.ranges = np.arange(count + 1, dtype=np.int32) * _PROBE_TOKENS
         targets = torch.full((count * _PROBE_TOKENS,), IGNORED, device=device)

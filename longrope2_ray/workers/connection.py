@@ -1,46 +1,51 @@
-"""Ray for the time of a command."""
+"""Ray for the time of a command: a cluster that is there, or one on this machine."""
 
 import logging
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from urllib.parse import urlparse
 
 CONNECT_SECONDS = 60.0
+DEFAULT_PORT = 6379
+log = logging.getLogger("longrope2")
 
 
 @contextmanager
 def ray_session(dashboard: bool = False) -> Iterator[None]:
-    """Ray for the time of a command: the cluster at ``RAY_ADDRESS``, else one on this machine.
+    """Connect to the cluster at ``RAY_ADDRESS``, else start one on this machine, for a ``with``
+    block.
 
-    SIGTERM ends the command as Ctrl-C does, so that ``ray job stop`` leaves a resumable run.
+    SIGTERM raises KeyboardInterrupt in the block as Ctrl-C does, so that ``ray job stop`` leaves a
+    run that can be resumed. In a process that is connected already the block uses that connection.
 
     Raises:
         ValueError: if the address cannot be reached.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    deadline = None
-    if address:
-        _require_reachable(address)
-        deadline = threading.Timer(CONNECT_SECONDS, _give_up, [address])
-        deadline.daemon = True
-        deadline.start()
-    else:
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "disabled"
-        )  # plain init would leave a token that later starts trip over
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _require_cluster(address)
+    else:
+        # A plain init would leave a token behind that later starts on this machine trip over.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         ray.init(
             address=address or "local",
-            include_dashboard=dashboard if not address else None,
+            include_dashboard=None if address else dashboard,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
@@ -48,43 +53,58 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         raise ValueError(
             f"RAY_ADDRESS: expected a Ray cluster at {address or 'this machine'}, got: {error}"
         ) from error
-    finally:
-        if deadline is not None:
-            deadline.cancel()
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is brief
-        raise KeyboardInterrupt
-
+    # Ray installs handlers of its own: ours come after them.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)  # after init, which installs its own
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _give_up(address: str) -> None:
-    """Ray waits for minutes, deaf to signals, for whatever else may listen at the address."""
-    print(
-        f"error: RAY_ADDRESS: expected a Ray cluster at {address!r}, got no answer of one in {CONNECT_SECONDS:g} s; give the "
-        f"head's address with its own port (6379 unless set), or unset RAY_ADDRESS to run on this machine",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(2)
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End the command as Ctrl-C does; a second signal changes nothing, what follows is brief."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
-def _require_reachable(address: str) -> None:
-    """Ray itself waits long and retries; a closed port shows at once."""
+def _require_cluster(address: str) -> None:
+    """Refuse an address that no Ray cluster answers at.
+
+    Ray itself waits for minutes, deaf to signals, for whatever else may listen there.
+
+    Raises:
+        ValueError: naming the address.
+    """
     if address in ("auto", "local"):
         return
     parsed = urlparse(address if "://" in address else f"ray-gcs://{address}")
     try:
-        with socket.create_connection((parsed.hostname or "", parsed.port or 6379), timeout=10):
-            pass
+        place = parsed.hostname or "", parsed.port or DEFAULT_PORT
+        socket.create_connection(place, timeout=10).close()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"RAY_ADDRESS: expected a reachable Ray cluster at {address!r}, got: {error}; "
             f"unset RAY_ADDRESS to run on this machine"
         ) from error
+    if parsed.scheme != "ray" and not _is_healthy(f"{place[0]}:{place[1]}"):
+        raise ValueError(
+            f"RAY_ADDRESS: expected a Ray cluster at {address!r}, got no answer of one in "
+            f"{CONNECT_SECONDS:g} s; give the head's address with its own port ({DEFAULT_PORT} "
+            f"unless set), or unset RAY_ADDRESS to run on this machine"
+        )
+
+
+def _is_healthy(address: str) -> bool:
+    """Tell whether Ray's own health check finds a cluster; that takes a second if there is one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = shutil.which("ray", path=path)
+    if command is None:
+        return True
+    check = [command, "health-check", "--address", address]
+    try:
+        return not subprocess.run(
+            check, timeout=CONNECT_SECONDS, capture_output=True, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return False

@@ -1,41 +1,138 @@
-"""What to do about a failure, as a pure decision."""
+"""What to do about a failed unit of work or a failed start, decided without doing it."""
 
 import re
+import textwrap
+import time
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-# torch's words, those of Ray's memory monitor, and its name for what that one did
+from ray.exceptions import RayError, RayTaskError
+
+# torch's words, those of Ray's memory monitor, and Ray's name for what the monitor did.
 _MEMORY = re.compile(r"out[ _]?of[ _]?memory|low on memory", re.IGNORECASE)
+_SHOWN_CHARACTERS = 240
+
+Kind = Literal["died", "raised"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pool puts up with before it replaces a worker or stops the run.
+
+    Attributes:
+        max_attempts: times a unit, or the start of a worker, is tried.
+        stall_seconds: a worker busy for longer on one unit is replaced.
+        load_seconds: a worker that takes longer to set itself up is replaced.
+        start_seconds: time without any worker before the run stops.
+        section: of the recipe that holds these fields, for messages.
+        memory_advice: which fields to change where memory does not suffice.
+    """
+
+    max_attempts: int = 4
+    stall_seconds: float = 1800.0
+    load_seconds: float = 900.0
+    start_seconds: float = 1800.0
+    section: str = "scorer"
+    memory_advice: str = "it does not fit into memory"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a unit of work or with a start.
+
+    Attributes:
+        kind: the process died, or the work raised.
+        message: of the error.
+        counts: whether it says something about the unit or the start.
+        preempted: whether the process went with a preempted node.
+    """
+
+    kind: Kind
+    message: str
+    counts: bool = True
+    preempted: bool = False
+
+    @classmethod
+    def of(cls, error: RayError) -> "Failure":
+        """Read what Ray says about a call that failed."""
+        if isinstance(error, RayTaskError):
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            return cls("raised", f"{type(cause).__name__}: {cause}")
+        preempted = bool(getattr(error, "preempted", False))
+        counts = not (preempted or "node has died" in str(error))
+        return cls("died", str(error), counts, preempted)
 
 
 class Decision(Enum):
-    """What to do about a failed unit or start."""
+    """What to do about a failure."""
 
     RETRY = "retry"
     STOP = "stop"
 
 
 def decide(
-    kind: Literal["died", "raised"],
-    message: str,
-    attempts: int,
-    max_attempts: int,
-    fitted: bool = False,
+    failure: Failure, attempts: int, limits: Limits, fitted: bool = False
 ) -> tuple[Decision, str]:
-    """What to do about a failure, and why (which recipe field mends it).
+    """Decide about a failure, and say why (which recipe field mends it).
 
     Args:
-        kind: the process died, or the scorer raised.
-        message: of the error.
         attempts: how often this unit (or start) has been tried.
-        max_attempts: how often it may be.
-        fitted: whether this scorer has scored units before, so that memory was enough.
+        fitted: whether this worker has done units before, so that memory was enough.
     """
-    if _MEMORY.search(message):
-        hint = "the model at this length does not fit: set scorer.gpus_per_scorer or fewer scorers (scorer.num_scorers), or " \
-               "lower scorer.mlp_chunk_tokens or set model.dtype = 'bfloat16', with another --run-dir"  # fmt: skip
-        again = (kind == "died" or fitted) and attempts < max_attempts
-        return (Decision.RETRY if again else Decision.STOP), hint
-    if attempts >= max_attempts:
-        return Decision.STOP, f"{attempts} attempts failed (scorer.max_attempts)"
-    return Decision.RETRY, "another scorer takes it"
+    if _MEMORY.search(failure.message):
+        again = (failure.kind == "died" or fitted) and attempts < limits.max_attempts
+        return (Decision.RETRY if again else Decision.STOP), limits.memory_advice
+    if attempts >= limits.max_attempts:
+        return Decision.STOP, f"{attempts} attempts failed ({limits.section}.max_attempts)"
+    return Decision.RETRY, "another worker takes it"
+
+
+def reason(failure: Failure) -> str:
+    """Return the part of a failure's message that says why, short enough for a line.
+
+    An exception's own words come last; Ray gives its reason of a death somewhere inside.
+    """
+    lines = failure.message.strip().splitlines() or [""]
+    reasons = [line for line in lines if "because" in line or _MEMORY.search(line)]
+    said = lines[-1] if failure.kind == "raised" else " ".join(reasons or lines[:1])
+    return textwrap.shorten(said, _SHOWN_CHARACTERS)
+
+
+def start_pause_seconds(failed_starts: int) -> float:
+    """Return how long to wait before a worker is started again: doubling, five minutes at most."""
+    return min(2.0 ** (failed_starts - 1), 300.0) if failed_starts else 0.0
+
+
+class Starts:
+    """The starts of workers: how many failed in a row, and when the next may be tried."""
+
+    def __init__(self) -> None:
+        self._failed = 0
+        self._next = 0.0
+        self._last_ready = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether workers may be started now."""
+        return time.monotonic() >= self._next
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time since a worker was last up."""
+        return time.monotonic() - self._last_ready
+
+    def succeeded(self) -> None:
+        """Note that a worker has come up."""
+        self._failed = 0
+        self.some_worker_is_up()
+
+    def some_worker_is_up(self) -> None:
+        """Note that a worker is up now."""
+        self._last_ready = time.monotonic()
+
+    def failed(self, counts: bool) -> int:
+        """Note a failed start and return how many failed in a row, those that count."""
+        self._failed += counts
+        self._next = time.monotonic() + start_pause_seconds(self._failed)
+        return self._failed

@@ -19,23 +19,25 @@ def peak_mib() -> float:
 
 def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> None:
     from longrope2_ray.model.loading import load_model, load_skeleton
-    from longrope2_ray.model.spec import read_spec
+    from longrope2_ray.model.spec import read_shape
+    from longrope2_ray.recipe.model import ModelSection
     from longrope2_ray.recipe.training import TrainSection
     from longrope2_ray.rope.factors import RescaleFactors
     from longrope2_ray.training.step import MixedTrainer
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-    spec, imports, began = read_spec(model), peak_mib(), time.perf_counter()
-    loaded = load_skeleton(model) if rank and not all_read else load_model(model, device="cpu")
+    section = ModelSection(path=model, dtype="float32", device="cpu")
+    shape, imports, began = read_shape(section), peak_mib(), time.perf_counter()
+    loaded = load_skeleton(section) if rank and not all_read else load_model(section)
     settings = TrainSection(global_batch_size=workers, dtype="float32")
     MixedTrainer(
-        loaded, spec, RescaleFactors(np.full(spec.rotary_dim // 2, 2.0)), settings, num_steps=1
+        loaded, shape, RescaleFactors(np.full(shape.rotary_dim // 2, 2.0)), settings, num_steps=1
     )
     dist.barrier()
     how = "all read" if all_read else "first reads"
     print(
         f"{how}, rank {rank}: peak {peak_mib() - imports:.0f} MiB above imports, {time.perf_counter() - began:.1f} s, "
-        f"weights {4 * spec.num_parameters / 2**20:.0f} MiB",
+        f"weights {4 * shape.num_parameters / 2**20:.0f} MiB",
         flush=True,
     )
     dist.destroy_process_group()

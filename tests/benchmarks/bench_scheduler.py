@@ -100,7 +100,7 @@ def recipe(args: argparse.Namespace, children: int, racing: str, look_ahead: boo
         search={
             "target_length": TARGET_LENGTH,
             "population_size": children,
-            "num_children": children,
+            "num_offspring": children,
             "iterations": args.generations - 1,
             "racing": racing,
             "seed": args.seed,

@@ -84,23 +84,26 @@ def run_variant(options: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from longrope2_ray.model.loading import load_model
-    from longrope2_ray.model.spec import read_spec
+    from longrope2_ray.model.spec import read_shape
+    from longrope2_ray.recipe.model import ModelSection
+    from longrope2_ray.rope.factors import RescaleFactors
     from longrope2_ray.search.scorer import NeedleScorer, plain_loss
     from longrope2_ray.tasks.needle import NeedleSample
 
-    spec = read_spec(options.model)
-    model = load_model(
-        options.model,
+    section = ModelSection(
+        path=options.model,
         dtype=options.dtype,
         device=options.device,
         attention=options.attention,
-        threads=options.threads,
     )
+    shape = read_shape(section)
+    model = load_model(section, threads=options.threads)
+    ones = RescaleFactors(np.ones(shape.geometry.num_cosines))
     # Memory and time do not depend on which tokens these are.
-    ids = np.random.default_rng(0).integers(3, spec.vocab_size, options.length)
+    ids = np.random.default_rng(0).integers(3, shape.vocab_size, options.length)
     num_answers = options.answer_tokens
     sample = NeedleSample(ids, (options.length - num_answers, options.length), 0.0, "", "", "")
-    scorer = NeedleScorer(model, spec, mlp_chunk_tokens=options.mlp_chunk_tokens)
+    scorer = NeedleScorer(model, shape, mlp_chunk_tokens=options.mlp_chunk_tokens)
 
     def no_cache() -> float:
         input_ids = torch.tensor(ids, device=model.device)[None]
@@ -115,9 +118,7 @@ def run_variant(options: argparse.Namespace) -> dict[str, object]:
     run = {
         "plain": lambda: plain_loss(model, sample),
         "no-cache": no_cache,
-        "scorer": lambda: (
-            scorer.score(sample, np.ones(spec.rotary_dim // 2), 1.0).nll_sum / num_answers
-        ),
+        "scorer": lambda: scorer.score(sample, ones).nll_sum / num_answers,
     }[options.variant]
     seconds, peaks, loss = [], [], 0.0
     for _ in range(options.repeats + 1):

@@ -49,22 +49,26 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
 
     from longrope2_ray.data.packing import Segment
     from longrope2_ray.model.loading import load_model
-    from longrope2_ray.model.spec import DTYPES, read_spec
+    from longrope2_ray.model.skeleton import DTYPES
+    from longrope2_ray.model.spec import read_shape
+    from longrope2_ray.recipe.model import ModelSection
     from longrope2_ray.recipe.training import TrainSection
     from longrope2_ray.rope.factors import RescaleFactors
     from longrope2_ray.training.batches import targets_of
     from longrope2_ray.training.step import MixedTrainer
 
-    spec, (window,) = read_spec(options.model), options.windows
+    (window,) = options.windows
     ours = options.variant != "plain"
-    model = load_model(
-        options.model,
+    section = ModelSection(
+        path=options.model,
+        dtype="float32",
         device="cpu" if ours else options.device,
-        threads=options.threads,
         attention="sdpa" if ours else "eager",
     )
+    shape = read_shape(section)
+    model = load_model(section, threads=options.threads)
     step = options.document if window == "short" else options.length
-    ids = np.random.default_rng(0).integers(3, spec.vocab_size, options.length)
+    ids = np.random.default_rng(0).integers(3, shape.vocab_size, options.length)
     segment = Segment(ids, np.arange(0, options.length + 1, step, dtype=np.int32), window)
     settings = TrainSection(
         global_batch_size=1,
@@ -75,10 +79,10 @@ def run_variant(options: argparse.Namespace) -> dict[str, float]:
         store = tempfile.mkstemp()[1]
         backend = "nccl" if options.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
-        factors = RescaleFactors(np.full(spec.rotary_dim // 2, 2.0))
+        factors = RescaleFactors(np.full(shape.rotary_dim // 2, 2.0))
         trainer = MixedTrainer(
             model,
-            spec,
+            shape,
             factors,
             settings,
             num_steps=100,

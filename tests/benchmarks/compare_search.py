@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict] = {
     "sort": {"mutation": "sort"},
     "local": {"mutation": "local"},
     "block": {"mutation": "block"},
-    "neighbours": {"mutation": "neighbours"},
+    "neighbors": {"mutation": "neighbors"},
     "authors' mutation": {"mutation": "authors"},
     "authors' crossover": {"crossover": "authors"},
     "no shift": {"shift_probability": 0.0},
@@ -75,24 +75,21 @@ class Runner:
         from longrope2_ray.model.loading import load_model
         from longrope2_ray.search.scorer import NeedleScorer
 
-        model = prepared.recipe.model
-        loaded = load_model(
-            model.path, dtype=model.dtype, device=model.device, attention=model.attention, threads=1
-        )
-        self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.spec)
+        loaded = load_model(prepared.recipe.model, threads=1)
+        self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.shape)
 
     def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
         """Search until ``units`` are scored, or for ``iterations`` generations where that is given."""
         base = self.prepared.recipe.search
         kept = {
-            "target_length", "population_size", "top_k", "num_children", "attention_factor", "critical_dims", "tail_bounds"
+            "target_length", "population_size", "top_k", "num_offspring", "attention_factor", "critical_dims", "tail_bounds"
         }  # fmt: skip
         chosen = {k: v for k, v in base.model_dump().items() if k in kept}
         ends = 10_000 if iterations is None else iterations
         settings = type(base)(**{**chosen, "seed": seed, "iterations": ends, **VARIANTS[variant]})
         samples = self.prepared.needle_sets[SEARCH_SET]
         evolution = Evolution(
-            SearchSpace.from_recipe(self.prepared.spec.geometry, settings), settings
+            SearchSpace.from_recipe(self.prepared.shape.geometry, settings), settings
         )
         nll: dict[str, dict[int, float]] = {}
         spent, began, curve = 0, time.monotonic(), []
@@ -140,9 +137,7 @@ class Runner:
         }
 
     def score(self, sample, vector):
-        return self.scorer.score(
-            sample, vector.values, vector.attention_factor, vector.start_tokens
-        )
+        return self.scorer.score(sample, vector)
 
 
 def main() -> None:

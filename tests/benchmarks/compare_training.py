@@ -20,14 +20,15 @@ import torch
 
 from longrope2_ray.model.loading import load_model, load_tokenizer
 from longrope2_ray.model.pinned_rope import PinnedRope
-from longrope2_ray.model.spec import read_spec
+from longrope2_ray.model.spec import read_shape
 from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.recipe.model import ModelSection
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.search.scorer import NeedleScorer
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.tasks.books import load_books
 from longrope2_ray.tasks.needle import build_needle_set
-from longrope2_ray.training.job import find_factors
+from longrope2_ray.training.factors import find_factors
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 VARIANTS = {  # name: fields of the recipe
@@ -57,8 +58,8 @@ def longrope2(command: str, recipe: str, run_dir: str, *overrides: str) -> None:
 class Judge:
     """Scores a model at every length, under the window that the length gets."""
 
-    def __init__(self, base: str, lengths: list[int], samples: int):
-        self.spec, self.lengths, self.count = read_spec(base), lengths, samples
+    def __init__(self, base: ModelSection, lengths: list[int], samples: int):
+        self.shape, self.lengths, self.count = read_shape(base), lengths, samples
         tokenizer, books = load_tokenizer(base), load_books(["bundled:report"])
         self.needles = {
             length: [
@@ -87,19 +88,19 @@ class Judge:
         ]
 
     def table(
-        self, path: str, factors: RescaleFactors, mixed: bool
+        self, section: ModelSection, factors: RescaleFactors, mixed: bool
     ) -> dict[int, tuple[float, float, float]]:
         """Length -> (needle accuracy, needle perplexity, perplexity of the last quarter of held-out text)."""
-        model = load_model(path, device="cpu")
-        scorer, rope = NeedleScorer(model, self.spec), PinnedRope(model, self.spec)
+        model = load_model(section)
+        scorer, rope = NeedleScorer(model, self.shape), PinnedRope(model, self.shape)
+        original = RescaleFactors(np.ones_like(factors.values))
         rows = {}
         for length in self.lengths:
-            short = mixed and length <= self.spec.original_length
-            values = np.ones_like(factors.values) if short else factors.values
-            attention = 1.0 if short else factors.attention_factor
-            scores = [scorer.score(sample, values, attention) for sample in self.needles[length]]
+            short = mixed and length <= self.shape.original_length
+            pinned = original if short else factors
+            scores = [scorer.score(sample, pinned) for sample in self.needles[length]]
             nll = sum(s.nll_sum for s in scores) / sum(s.num_tokens for s in scores)
-            with rope.pinned(values, attention):
+            with rope.pinned(pinned):
                 losses = [self._plain(model, text[:length]) for text in self.texts]
             accuracy = sum(s.correct for s in scores) / len(scores)
             rows[length] = (accuracy, float(np.exp(nll)), float(np.exp(np.mean(losses))))
@@ -127,10 +128,11 @@ def main() -> None:
     run_dir = RunDir(args.run_dir)
     longrope2("search", args.recipe, args.run_dir, *overrides)
     longrope2("data", args.recipe, args.run_dir, *overrides)
-    base, target = recipe.model.path, recipe.search.target_length
-    spec = read_spec(base)
+    base = ModelSection(path=recipe.model.path, dtype="float32", device="cpu")
+    target = recipe.search.target_length
+    shape = read_shape(base)
     lengths = [
-        spec.original_length * 2**i for i in range(20) if spec.original_length * 2**i <= target
+        shape.original_length * 2**i for i in range(20) if shape.original_length * 2**i <= target
     ]
     judge = Judge(base, lengths, args.samples)
     results: dict[str, list[dict[int, tuple[float, float, float]]]] = {}
@@ -143,7 +145,9 @@ def main() -> None:
     for name in args.variants:
         settings = VARIANTS[name]
         fields = [f"--train.{key}={value}" for key, value in settings.items()]
-        vectors[name] = find_factors(load_recipe(args.recipe, [*overrides, *fields]), spec, run_dir)
+        vectors[name] = find_factors(
+            load_recipe(args.recipe, [*overrides, *fields]), shape, run_dir
+        )
         if name.endswith(", mixed"):
             record(
                 name.replace(", mixed", ", untrained"), None, judge.table(base, vectors[name], True)
@@ -159,7 +163,8 @@ def main() -> None:
                 f"--train.seed={seed}",
                 f"--train.name={folder}",
             )
-            model = str(Path(args.run_dir) / folder / "model")
+            path = str(Path(args.run_dir) / folder / "model")
+            model = base.model_copy(update={"path": path})
             record(name, seed, judge.table(model, vectors[name], settings.get("mixed") != "false"))
     print(
         "\n| needle accuracy / needle perplexity / text perplexity | "

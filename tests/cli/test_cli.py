@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 from tiny_models import save_tiny
 
 import longrope2_ray
-from longrope2_ray.cli import main
+from longrope2_ray.cli import command_line, main
+from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.search import job as search_job
+from longrope2_ray.search.preparation import open_run, prepare
+from longrope2_ray.search.scores import NeedleSummary
+from longrope2_ray.storage.rundir import RunDir
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())[
     "vectors"
@@ -56,8 +61,8 @@ def model_dir(folder: Path, **config) -> str:
 def test_factors_from_geometry_alone(capsys):
     body = factors_json(capsys, "--method", "longrope2", *LLAMA3, "--critical-dim", "33")
     assert list(body) == [
-        "method", "factors", "critical_dim", "theoretical_critical_dim", "ten_period_dim", "periods_tokens",
-        "attention_factor",
+        "method", "factors", "critical_dim", "theoretical_critical_dim", "ten_period_dim",
+        "periods_tokens", "attention_factor",
     ]  # fmt: skip
     assert (body["critical_dim"], body["theoretical_critical_dim"], body["ten_period_dim"]) == (
         33,
@@ -108,6 +113,36 @@ def test_plan_needs_no_model(capsys, name):
     assert cost["fits"]
     assert 0 < cost["gpu_hours_likely"] < cost["gpu_hours_most"]
     assert cost["units"] == 13440
+
+
+COMMANDS = ("recipe", "plan", "search", "monitor", "report", "factors", "score", "data", "train")
+
+
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*words, "--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_has_one_line_for_each_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(capsys).splitlines()
+    found = [line.split()[0] for line in lines if line.startswith("    ") and line.endswith(".")]
+    assert tuple(found) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help_has_an_example(capsys, command):
+    said = help_of(capsys, command)
+    assert f"\n  longrope2 {command}" in said.partition("\nexample")[2]
+
+
+def test_examples_in_the_help_are_command_lines_that_parse(capsys):
+    for command in COMMANDS:
+        for line in help_of(capsys, command).partition("\nexample")[2].splitlines()[1:]:
+            words = shlex.split(line)[1:]
+            assert command_line._parse(words).run, line
 
 
 def test_plan_says_when_a_scorer_does_not_fit(capsys):
@@ -184,6 +219,8 @@ def test_the_recipe_reference_names_every_section(capsys):
         ),
         (["plan", "llama3_8b_128k", "--data.num-shards", "100000"], ["data.num_shards", "100000"]),
         (["plan", "llama3_8b_128k", "--accelerator", "abacus"], ["--accelerator", "abacus"]),
+        (["plan", "llama3_8b_128k", "--utilization", "2"], ["--utilization: expected", "got 2"]),
+        (["monitor", "runs/x", "--every", "0"], ["--every: expected seconds above 0, got 0"]),
         (["factors", "--method", "magic", *LLAMA3], ["--method", "yarn"]),
         (["factors", "--method", "pi", "--target-length", "8192"], ["--head-dim", "--model"]),
         (["factors", "--method", "pi", *LLAMA3[:-1], "4096"], ["--target-length", "8192"]),
@@ -261,11 +298,7 @@ def test_a_bad_vector_is_refused(capsys, tmp_path, factors, part):
 
 
 def test_a_run_directory_of_another_recipe_is_refused_by_field(capsys, tmp_path):
-    from longrope2_ray.recipe.loading import load_recipe
-    from longrope2_ray.search import job as search_job
-    from longrope2_ray.storage.rundir import RunDir
-
-    search_job.open_run(search_job.prepare(load_recipe("debug")), RunDir(str(tmp_path / "run")))
+    open_run(prepare(load_recipe("debug")), RunDir(str(tmp_path / "run")))
     there = ("--run-dir", str(tmp_path / "run"))
     assert "search.seed is 0 there and 5 now" in mistake(
         capsys, "search", "debug", "--search.seed", "5", *there
@@ -291,12 +324,17 @@ def test_an_unreachable_ray_says_so(tmp_path):
 
 
 def test_something_else_that_listens_at_the_address_is_given_up(tmp_path):
-    program = "import sys; from longrope2_ray import cli; from longrope2_ray.workers import connection; connection.CONNECT_SECONDS = 2.0; sys.exit(cli.main(sys.argv[1:]))"
+    program = (
+        "import sys; from longrope2_ray.cli import main; "
+        "from longrope2_ray.workers import connection; "
+        "connection.CONNECT_SECONDS = 2.0; sys.exit(main(sys.argv[1:]))"
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         result = subprocess.run(
             [sys.executable, "-c", program, "search", "debug", "--run-dir", str(tmp_path / "run")],
-            capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "RAY_ADDRESS": address},
+            capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "RAY_ADDRESS": address},
         )  # fmt: skip
     assert result.returncode == 2
     assert (
@@ -352,18 +390,21 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_pat
     assert body["ppl"] > 1
 
 
-def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsys, monkeypatch):
+def fake_scores(monkeypatch) -> dict:
+    """Let `score` do without Ray, every score not finite; the vectors that it asks to score."""
     seen = {}
 
-    def not_finite(prepared, vectors):
+    def not_finite(prepared, vectors, progress):
         seen.update(vectors)
-        return {
-            name: {"ppl": None, "accuracy": 0.0, "nll_per_sample": [None], "num_tokens": 8}
-            for name in vectors
-        }
+        return dict.fromkeys(vectors, NeedleSummary(None, 0.0, (None,), 8))
 
     monkeypatch.setattr("longrope2_ray.workers.connection.ray_session", nullcontext)
     monkeypatch.setattr(search_job, "score_vectors", not_finite)
+    return seen
+
+
+def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsys, monkeypatch):
+    seen = fake_scores(monkeypatch)
     options = [
         "--report.lengths",
         "[256, 2048]",
@@ -388,12 +429,44 @@ def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsy
         assert f"--attention-factor: expected a positive number, su or yarn, got '{number}'" in said
 
 
+def test_a_model_that_carries_factors_is_scored_with_them(capsys, monkeypatch, tmp_path):
+    """An exported model needs no second file; its config says the factors."""
+    reference = Path(longrope2_ray.__file__).parent / "assets" / "reference"
+    for path in reference.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((reference / "config.json").read_text())
+    carried = [1 + 3 * i / 31 for i in range(32)]
+    config["rope_parameters"] |= {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 32,
+        "long_factor": carried,
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+        "attention_factor": 1.05,
+    }
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    seen = fake_scores(monkeypatch)
+    assert main(["score", "debug", "--model.path", str(tmp_path)]) == 0
+    assert f"{tmp_path} on report@1024, attention factor 1.05" in capsys.readouterr().out
+    [vector] = seen.values()
+    assert vector.values.tolist() == carried
+
+
+def test_a_model_without_factors_is_not_scored_without_any(capsys):
+    message = mistake(capsys, "score", "debug")
+    assert "--factors: expected a file, a URL or one of unscaled, pi, " in message
+    assert "got none, and the model at bundled:reference carries no factors" in message
+
+
 def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_the_same(tmp_path):
     trained, run_dir = [1 + 3 * i / 31 for i in range(32)], str(tmp_path / "run")
     result = run_command(
-        "search", "debug", "--run-dir", run_dir, "--search.preset", "longrope", "--search.target-length", "128",
-        "--search.starts", json.dumps(["unscaled", trained]), "--search.tail-bounds", "[1, 4]", "--search.start-tokens",
-        "[8]", "--search.population-size", "4", "--search.iterations", "0", "--report.methods", '["unscaled", "longrope2"]',
+        "search", "debug", "--run-dir", run_dir, "--search.preset", "longrope",
+        "--search.target-length", "128", "--search.starts", json.dumps(["unscaled", trained]),
+        "--search.tail-bounds", "[1, 4]", "--search.start-tokens", "[8]",
+        "--search.population-size", "4", "--search.iterations", "0",
+        "--report.methods", '["unscaled", "longrope2"]',
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert "The first 8 positions keep the original RoPE." in result.stdout

@@ -22,7 +22,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from longrope2_ray.cli.parser import FENCED
+import longrope2_ray
+from longrope2_ray.cli.exit_codes import FENCED
 from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.recipe.recipe import Recipe
 
@@ -416,7 +417,7 @@ def test_one_image_one_version_of_ray_everywhere():
     images |= {config["docker"]["image"] for config in LAUNCHERS.values()}
     images |= set(re.findall(r"docker build .* -t (\S+)", DOCKERFILE))
     assert len(images) == 1
-    tag = f"{PROJECT['version']}-ray{ray}-cu{cuda_version.replace('.', '')}"
+    tag = f"{longrope2_ray.__version__}-ray{ray}-cu{cuda_version.replace('.', '')}"
     assert images.pop().partition(":")[2] == tag
     assert {ray_cluster(manifest)["rayVersion"] for manifest in MANIFESTS.values()} == {ray}
     assert f"ray.__version__ == '{ray}'" in DOCKERFILE

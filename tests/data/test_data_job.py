@@ -1,4 +1,7 @@
-"""The data pipeline on a real Ray, with tiny texts: the same segments from any files, after any loss."""
+"""The data pipeline on a real Ray, with tiny texts.
+
+The segments are the same from any files, and after the loss of any of them.
+"""
 
 import gzip
 import json
@@ -11,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from longrope2_ray.cli import main
-from longrope2_ray.data import job as data
-from longrope2_ray.data.documents import read_documents
+from longrope2_ray.data.job import Progress, build_data, finished
+from longrope2_ray.data.manifest import Manifest
+from longrope2_ray.data.plan import prepare_data
 from longrope2_ray.data.shards import SegmentReader
+from longrope2_ray.data.tokenizing import TOKENS, token_shard
+from longrope2_ray.errors import RunDirError
 from longrope2_ray.recipe.recipe import Recipe
-from longrope2_ray.recipe.training import SourceSection
 from longrope2_ray.workers.connection import ray_session
 
 WORDS = [
@@ -75,9 +80,9 @@ def recipe_of(folder: Path, short_tokens: int = 1200, long_tokens: int = 1500, *
     return Recipe(name="tiny", model=model, search={"target_length": 256}, data=section)
 
 
-def made(recipe: Recipe, run_dir: Path) -> dict:
-    plan = data.prepare_data(recipe, str(run_dir))
-    return data.finished(plan) or data.build_data(plan)
+def made(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Manifest:
+    plan = prepare_data(recipe, str(run_dir))
+    return finished(plan) or build_data(plan, progress)
 
 
 def hashes(run_dir: Path) -> dict[str, int]:
@@ -90,20 +95,23 @@ def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
     session, corpus, tmp_path
 ):
     run = tmp_path / "run"
-    manifest = made(recipe_of(corpus), run)
-    assert manifest["documents_read"] == 60 + 2 + 8
-    chosen = sum(row["documents"] for row in manifest["bands"])
-    assert chosen + sum(n for counts in manifest["dropped"].values() for n in counts.values()) == 70
-    assert manifest["dropped"]["empty"] == manifest["dropped"]["duplicate"] == {"short": 1}
-    assert all(row["tokens"] >= row["quota"] and row["missing"] == 0 for row in manifest["bands"])
-    assert [row["window"] for row in manifest["bands"]] == ["short", "long"]
-    tokens = manifest["tokens"]
-    assert tokens["chosen"] == tokens["packed"] + tokens["truncated"] + tokens["left_over"]
-    assert tokens["chosen"] == sum(row["tokens"] for row in manifest["bands"])
+    told: list[tuple[str, int, int]] = []
+    manifest = made(recipe_of(corpus), run, lambda *arguments: told.append(arguments))
+    assert told == [(kind, done, 2) for kind in ("tokens", "segments") for done in range(3)]
+    assert manifest.documents_read == 60 + 2 + 8
+    chosen = sum(row.documents for row in manifest.bands)
+    assert chosen + sum(n for counts in manifest.dropped.values() for n in counts.values()) == 70
+    assert manifest.dropped["empty"] == manifest.dropped["duplicate"] == {"short": 1}
+    assert all(row.tokens >= row.quota and row.missing == 0 for row in manifest.bands)
+    assert [row.window for row in manifest.bands] == ["short", "long"]
+    tokens = manifest.tokens
+    assert tokens.chosen == tokens.packed + tokens.truncated + tokens.left_over
+    assert tokens.chosen == sum(row.tokens for row in manifest.bands)
 
     reader = SegmentReader(str(run))
-    assert {w: reader.windows.count(w) for w in ("short", "long")} == manifest["num_segments"]
-    assert min(manifest["num_segments"].values()) > 0
+    assert reader.manifest == manifest
+    assert {w: reader.windows.count(w) for w in ("short", "long")} == manifest.num_segments
+    assert min(manifest.num_segments.values()) > 0
     for index in range(len(reader)):
         segment = reader[index]
         assert (len(segment.input_ids), segment.cu_seqlens[-1]) == (256, 256)
@@ -119,7 +127,7 @@ def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
         with gzip.open(corpus / f"short{part}.jsonl.gz", "wt") as file:
             file.write("\n\n".join(rows[part::3]))
     other = made(recipe_of(corpus), tmp_path / "other")
-    assert other["fingerprint"] == manifest["fingerprint"]
+    assert other.fingerprint == manifest.fingerprint
     parquet = [name for name in hashes(run) if name.endswith(".parquet")]
     assert [hashes(run)[name] for name in parquet] == [
         hashes(tmp_path / "other")[name] for name in parquet
@@ -139,10 +147,10 @@ def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
     assert (run / "data" / "tokens-00001.parquet").stat().st_mtime_ns == kept
 
     # other settings are refused once it is whole
-    with pytest.raises(ValueError, match=r"other settings: data\.bands is"):
-        data.prepare_data(recipe_of(corpus, short_tokens=1000), str(run))
-    with pytest.raises(ValueError, match=r"other settings: data\.seed is 0 there and 5 now"):
-        data.prepare_data(recipe_of(corpus, seed=5), str(run))
+    with pytest.raises(RunDirError, match=r"belongs to another run: data\.bands is"):
+        prepare_data(recipe_of(corpus, short_tokens=1000), str(run))
+    with pytest.raises(RunDirError, match=r"another run: data\.seed is 0 there and 5 now; set"):
+        prepare_data(recipe_of(corpus, seed=5), str(run))
 
 
 def test_too_few_documents_are_told_and_a_lower_quota_goes_on(session, corpus, tmp_path):
@@ -153,7 +161,7 @@ def test_too_few_documents_are_told_and_a_lower_quota_goes_on(session, corpus, t
     assert "up to 128 tokens, short: expected 90000 tokens, got " in told[0]
     tokens = tmp_path / "run" / "data" / "tokens-00000.parquet"
     before = tokens.stat().st_mtime_ns
-    assert made(recipe_of(corpus), tmp_path / "run")["num_segments"]["long"] > 0
+    assert made(recipe_of(corpus), tmp_path / "run").num_segments["long"] > 0
     assert tokens.stat().st_mtime_ns == before
 
 
@@ -167,8 +175,8 @@ def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path,
     }
     bands = [{"max_tokens": 128, "tokens": 600}]
     manifest = made(recipe_of(corpus, sources=[text], bands=bands, num_shards=1), tmp_path / "run")
-    assert manifest["num_segments"]["long"] == 0
-    assert manifest["dropped"]["duplicate"]["text"] >= 3  # pieces of the doubled line
+    assert manifest.num_segments["long"] == 0
+    assert manifest.dropped["duplicate"]["text"] >= 3  # pieces of the doubled line
     reader = SegmentReader(str(tmp_path / "run"))
     assert max(np.diff(reader[i].cu_seqlens).max() for i in range(len(reader))) == 100
 
@@ -194,7 +202,7 @@ def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path,
 def test_mistakes_are_told_before_ray_starts(corpus, tmp_path, capsys):
     def mistake(**changes) -> str:
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at
-            data.prepare_data(recipe_of(corpus, **changes), str(tmp_path / "run"))
+            prepare_data(recipe_of(corpus, **changes), str(tmp_path / "run"))
         return str(caught.value)
 
     assert "got one from 1 to 200 tokens" in mistake(bands=[{"max_tokens": 200, "tokens": 1000}])
@@ -207,11 +215,19 @@ def test_mistakes_are_told_before_ray_starts(corpus, tmp_path, capsys):
     assert "pip install datasets" in mistake(
         sources=hub, bands=[{"max_tokens": 128, "tokens": 600}]
     )
+    other = [{"name": "a", "path": ["generated:poems"]}]
+    assert mistake(sources=other, bands=[{"max_tokens": 128, "tokens": 600}]) == (
+        "data.sources.a.path: expected generated:retrieval, got 'generated:poems'"
+    )
+    absent = [{"name": "a", "path": ["bundled:poems"]}]
+    assert mistake(sources=absent, bands=[{"max_tokens": 128, "tokens": 600}]).startswith(
+        "data.sources.a.path: expected a text file"
+    )
     field = [{"name": "a", "path": [str(corpus / "long.parquet")]}]
     assert "expected 'text' in row 0, got body" in mistake(
         sources=field, bands=[{"max_tokens": 128, "tokens": 600}]
     )
-    assert main(["data", "debug", "--run-dir", str(tmp_path / "run")]) == 2
+    assert main(["data", "smollm2_135m", "--run-dir", str(tmp_path / "run")]) == 2
     assert (
         capsys.readouterr().err
         == "error: data: missing; add a [data] section with sources and bands\n"
@@ -227,27 +243,7 @@ def test_a_shard_that_arrow_cannot_hold_is_refused_by_name():
         "num_tokens": [2**30, 2**30],
         "ids": [[1], [2]],
     }
-    table = pa.table(rows, schema=data._TOKENS)
-    wanted = r"data\.num_shards: expected at most 2147483647 tokens in a shard, got 2147483648 in shard 3"
+    table = pa.table(rows, schema=TOKENS)
+    wanted = r"data\.num_shards: expected at most 2147483647 tokens .* got 2147483648 in shard 3"
     with pytest.raises(ValueError, match=wanted):
-        data._write_tokens(table, None, 3)
-
-
-@pytest.mark.parametrize(
-    ("split", "documents"),
-    [("file", ["a\n b\n\n \nc\n"]), ("blank_line", ["a\n b", "c"]), ("line", ["a", "b", "c"])],
-)
-def test_what_ends_a_document_in_a_text_file(tmp_path, split, documents):
-    (tmp_path / "t.txt").write_text("a\n b\n\n \nc\n")
-    assert (
-        list(read_documents(SourceSection(name="s", path=["x"], split=split), f"{tmp_path}/t.txt"))
-        == documents
-    )
-
-
-def test_a_row_may_hold_half_a_character_or_nothing(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": null}\n')
-    assert list(read_documents(SourceSection(name="s", path=["x"]), f"{tmp_path}/t.jsonl")) == [
-        "a?b",
-        "",
-    ]
+        token_shard(table, 3, "anything")

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_data import manifest_of
 
+from longrope2_ray.data.manifest import MANIFEST
 from longrope2_ray.data.packing import Segment, pack
-from longrope2_ray.data.quotas import band_of, quotas_of, select, windows_of
+from longrope2_ray.data.quotas import band_of, fill_quotas, quotas_of, windows_of
 from longrope2_ray.data.shards import (
     SegmentReader,
     content_digest,
@@ -121,10 +123,10 @@ def test_quotas_take_the_least_keys_whatever_the_order(data):
         data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)), dtype=np.int32
     )
     quotas = {(0, 0): data.draw(st.integers(0, 60)), (0, 1): 7, (1, 0): 5}
-    taken = select(keys, tokens, np.zeros(count, dtype=int), sources, quotas)
+    taken = fill_quotas(keys, tokens, np.zeros(count, dtype=int), sources, quotas)
     order = np.random.default_rng(0).permutation(count)
     assert (
-        select(keys[order], tokens[order], np.zeros(count, dtype=int), sources[order], quotas)
+        fill_quotas(keys[order], tokens[order], np.zeros(count, dtype=int), sources[order], quotas)
         == taken
     )
     for (band, source), its in taken.items():
@@ -156,18 +158,11 @@ def test_the_reader_gives_back_what_was_written(tmp_path, monkeypatch):
     for index, shard in enumerate(shards):
         run.write_bytes(f"data/s{index}.parquet", segments_to_parquet(shard, length))
         short = sum(s.window == "short" for s in shard)
-        facts.append(
-            {
-                "name": f"data/s{index}",
-                "rows": len(shard),
-                "short": short,
-                "long": len(shard) - short,
-            }
-        )
+        facts.append((f"data/s{index}", short, len(shard) - short))
     with pytest.raises(ValueError, match="run longrope2 data first"):
         SegmentReader(run)
-    manifest = {"shards": facts, "fingerprint": "f", "rows_per_group": rows_per_group(length)}
-    run.write_json("data/manifest.json", manifest)
+    manifest = manifest_of(facts, "f", length)
+    run.write_json(MANIFEST, manifest.to_json())
     reader = SegmentReader(str(tmp_path))
     written = [segment for shard in shards for segment in shard]
     assert rows_per_group(length) == 4

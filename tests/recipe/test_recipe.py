@@ -1,17 +1,28 @@
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from longrope2_ray.errors import RecipeError
-from longrope2_ray.recipe.fields import FREE_FIELDS, field_names, flatten, reference
+from longrope2_ray.recipe.fields import field_names, reference
+from longrope2_ray.recipe.identity import FREE, SEARCH, TRAINING, PartOf, identity, marker
 from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.recipe.recipe import Recipe
-from longrope2_ray.recipe.sections import PRESETS, SearchSection
+from longrope2_ray.recipe.search import PRESETS, SearchSection
 from longrope2_ray.storage.urls import refuse_credentials
 
 RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))
 BASE = 'name = "r"\n[model]\npath = "somewhere"\n[search]\ntarget_length = 1024\n'
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """``section.field`` -> value."""
+    body = recipe.model_dump(mode="json")
+    inner = {name: value for name, value in body.items() if isinstance(value, dict)}
+    flat = {f"{n}.{f}": v for n, section in inner.items() for f, v in section.items()}
+    return {"name": recipe.name, **flat}
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -195,8 +206,8 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
 def test_the_command_line_overrides_a_field(
     tmp_path: Path, overrides: list[str], field: str, value: Any
 ) -> None:
-    changed = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n"), overrides))
-    plain = flatten(load_recipe(write(tmp_path, BASE + "seed = 1\n")))
+    changed = values(load_recipe(write(tmp_path, BASE + "seed = 1\n"), overrides))
+    plain = values(load_recipe(write(tmp_path, BASE + "seed = 1\n")))
     assert changed[field] == value
     assert {key for key in plain if plain[key] != changed[key]} <= {field}
 
@@ -258,7 +269,7 @@ def test_a_preset_fills_defaults_and_explicit_fields_win(preset: str) -> None:
 def test_a_preset_can_be_chosen_on_the_command_line(tmp_path: Path) -> None:
     assert (
         load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search.mutation
-        == "neighbours"
+        == "neighbors"
     )
 
 
@@ -274,11 +285,54 @@ def test_a_recipe_is_frozen() -> None:
         recipe.search.seed = 3  # type: ignore[misc]
 
 
-def test_flattened_fields_are_the_named_ones_and_free_ones_exist() -> None:
-    recipe = Recipe(name="x", model={"path": "p"}, search={"target_length": 10})
-    names = set(field_names(Recipe))
-    assert set(flatten(recipe)) <= names
-    assert set(FREE_FIELDS) <= names
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A section and all that it is made of, lists of sections too."""
+    yield model
+    for info in model.model_fields.values():
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from sections(inner)
+
+
+def test_every_field_says_which_results_depend_on_it() -> None:
+    for section in set(sections(Recipe)):
+        for name, info in section.model_fields.items():
+            types = (info.annotation, *get_args(info.annotation))
+            is_section = any(isinstance(t, type) and issubclass(t, BaseModel) for t in types)
+            said = marker(section, name)
+            assert is_section or said, f"{section.__name__}.{name} has no PartOf and is not FREE"
+
+
+def test_what_makes_another_search_and_what_does_not(tmp_path: Path) -> None:
+    base = identity(load_recipe(write(tmp_path, BASE)), "search")
+    assert base["search.seed"] == 0
+    for override in ("--search.seed=1", "--model.dtype=float32", "--needles.depth=0.5", "--name=s",
+                     "--scorer.threads=2", "--model.sliding-window=9"):  # fmt: skip
+        assert identity(load_recipe(write(tmp_path, BASE), [override]), "search") != base
+    for override in ("--report.lengths=[512]", "--report.num-samples=3", "--scorer.num-scorers=7",
+                     "--storage.patience-seconds=1", "--train.max-steps=5", "--model.device=cpu",
+                     "--report.seed=9"):  # fmt: skip
+        assert identity(load_recipe(write(tmp_path, BASE), [override]), "search") == base
+
+
+def test_what_makes_another_training_and_what_does_not(tmp_path: Path) -> None:
+    base = identity(load_recipe(write(tmp_path, BASE)), "training")
+    for override in ("--train.seed=1", "--train.mixed=false", "--model.sliding-window=9"):
+        assert identity(load_recipe(write(tmp_path, BASE), [override]), "training") != base
+    for override in ("--train.num-workers=2", "--train.checkpoint-steps=1", "--search.seed=1"):
+        assert identity(load_recipe(write(tmp_path, BASE), [override]), "training") == base
+
+
+def test_a_kind_of_result_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected some of search, tokens, segments, training"):
+        PartOf("serach")
+    assert (SEARCH.kinds, TRAINING.kinds, FREE.kinds) == ({"search"}, {"training"}, frozenset())
+
+
+@pytest.mark.parametrize("name", ["data", "drivers", "scores", "generations", "winner.json"])
+def test_a_training_may_not_take_a_name_of_the_run_directory(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"train\.name: expected a folder of its own.*'{name}'"):
+        load_recipe(write(tmp_path, BASE), [f"--train.name={name}"])
 
 
 def test_the_reference_lists_every_field() -> None:

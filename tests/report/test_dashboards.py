@@ -1,5 +1,7 @@
-"""What is shipped in cluster/monitoring: every expression of every panel is asked of a real Prometheus that scrapes a real
-Ray during a real search and a real training."""
+"""The files of cluster/monitoring: a real Prometheus answers every expression of every panel.
+
+It scrapes a real Ray during a real search and a real training.
+"""
 
 import json
 import math
@@ -24,12 +26,16 @@ import yaml
 from tiny_training import prepared_dir, recipe_of
 
 from longrope2_ray.recipe.loading import load_recipe
-from longrope2_ray.report import training_observer
-from longrope2_ray.report.metrics import COUNTERS, RayMetrics
-from longrope2_ray.report.training_observer import TrainObserver
+from longrope2_ray.report.metrics import (
+    FAULT_COUNTERS,
+    TRAINING_GAUGES,
+    SearchMetrics,
+    TrainingMetrics,
+)
 from longrope2_ray.search import job as search_job
 from longrope2_ray.storage.rundir import RunDir
-from longrope2_ray.training.job import prepare_training, run_training
+from longrope2_ray.training.job import open_training, prepare, run_training
+from longrope2_ray.training.records import training_dir
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
 DASHBOARDS = {
@@ -37,9 +43,9 @@ DASHBOARDS = {
     for path in sorted((FOLDER / "dashboards").glob("*.json"))
 }
 PATIENCE_SECONDS = 180
-# No data without a GPU: there the expression must parse, and the names be ones that somebody declares.
+# Metrics without data where there is no GPU: the expression must parse, and Ray declare the names.
 GPU_METRICS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
-MFU = "ray_longrope2_train_model_flops_utilisation"
+MFU = "ray_longrope2_train_model_flops_utilization"
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
@@ -139,7 +145,10 @@ def free_port() -> int:
 
 
 def shipped_config(folder: Path, ray_folder: str) -> Path:
-    """The shipped prometheus.yml with another folder for Ray and a pace for tests; a scrape may take as long as the pause."""
+    """Write the shipped prometheus.yml with another folder for Ray and a pace for tests.
+
+    A scrape may take as long as the pause between two.
+    """
     text = (FOLDER / "prometheus.yml").read_text()
     paces = (("scrape_interval", "5s"), ("evaluation_interval", "5s"), ("refresh_interval", "1s"))
     for old, new in (
@@ -167,9 +176,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     patch.setenv("RAY_PROMETHEUS_HOST", f"http://127.0.0.1:{port}")
     log = (folder / "log").open("w")
     process = subprocess.Popen(
-        ["prometheus", f"--config.file={shipped_config(folder, ray_folder)}", f"--storage.tsdb.path={folder / 'data'}",
-         f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log,
-    )  # fmt: skip
+        [
+            "prometheus",
+            f"--config.file={shipped_config(folder, ray_folder)}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=log,
+        stderr=log,
+    )
     try:
         context = ray.init(
             address="local", include_dashboard=True, log_to_driver=False, _temp_dir=ray_folder,
@@ -197,7 +212,7 @@ def searched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     prepared = search_job.prepare(load_recipe("debug", [*small, "--scorer.num-scorers", "2"]))
     run_dir = RunDir(str(tmp_path_factory.mktemp("search")))
     search_job.open_run(prepared, run_dir)
-    metrics = RayMetrics("debug")
+    metrics = SearchMetrics("debug")
     search_job.run_search(prepared, run_dir, [metrics])
     yield "debug"
     del metrics
@@ -209,12 +224,14 @@ def trained(
 ) -> Iterator[str]:
     """A finished training, likewise."""
     folder = prepared_dir(tmp_path_factory.mktemp("training"))
-    job, train_dir, _ = prepare_training(recipe_of(model_dir), RunDir(str(folder)))
-    observer = TrainObserver("test", job.recipe.train.checkpoint_steps)
-    run_training(job, train_dir, observer)
-    observer.stop()
+    run_dir = RunDir(str(folder))
+    job = prepare(recipe_of(model_dir), run_dir)
+    train_dir = training_dir(job.recipe, run_dir)
+    open_training(job, train_dir)
+    metrics = TrainingMetrics("test", job.recipe.train.checkpoint_steps)
+    run_training(job, train_dir, metrics)
     yield "test"
-    del observer
+    del metrics
 
 
 def check(server: Server, dashboard: dict[str, Any], run: str) -> None:
@@ -238,7 +255,7 @@ def test_every_panel_of_the_search_dashboard_shows_a_real_search(
     server: Server, searched: str
 ) -> None:
     check(server, DASHBOARDS["search"], searched)
-    for name in COUNTERS:  # nothing was lost, and that is a 0, not nothing
+    for name in FAULT_COUNTERS:  # nothing was lost, and that is a 0, not nothing
         (series,) = server.get("query", query=f'ray_longrope2_{name}_total{{run="debug"}}')[
             "result"
         ]
@@ -282,7 +299,7 @@ def test_every_metric_that_needs_a_gpu_is_declared() -> None:
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     assert {name.removeprefix("ray_") for name in GPU_METRICS} <= set(METRICS_GAUGES)
-    assert MFU.removeprefix("ray_longrope2_train_") in training_observer.GAUGES
+    assert MFU.removeprefix("ray_longrope2_train_") in TRAINING_GAUGES
     for dashboard in DASHBOARDS.values():
         for expression in filter(needs_gpu, expressions(dashboard)):
             assert metrics_of(expression) <= GPU_METRICS | {MFU}, (
@@ -338,7 +355,7 @@ def test_promtool_accepts_the_configuration_and_the_rules(tmp_path: Path) -> Non
 
 @needs_prometheus
 def test_each_alert_fires_on_what_it_is_for_and_on_nothing_else(tmp_path: Path) -> None:
-    """``good`` goes its way; ``bad`` has not committed for an hour, lost its scorers one after the other, and is full."""
+    """``good`` goes well; ``bad`` commits nothing, its scorers die, and its disk is full."""
     shutil.copy(FOLDER / "rules.yml", tmp_path)
     series = {
         'ray_longrope2_last_commit_timestamp_seconds{run="good"}': "0+60x60",
@@ -394,8 +411,8 @@ def test_each_alert_fires_on_what_it_is_for_and_on_nothing_else(tmp_path: Path) 
         for name, summary in expected.items()
     ]
     inputs = [{"series": name, "values": values} for name, values in series.items()]
-    test = {"rule_files": ["rules.yml"], "evaluation_interval": "1m",
-            "tests": [{"interval": "1m", "input_series": inputs, "alert_rule_test": alerts}]}  # fmt: skip
+    case = {"interval": "1m", "input_series": inputs, "alert_rule_test": alerts}
+    test = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [case]}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
     done = subprocess.run(
         ["promtool", "test", "rules", "test.yml"],

@@ -6,21 +6,38 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import ray
+from toy_training import logged_step
 
-from longrope2_ray.report.metrics import RayMetrics
+from longrope2_ray.report.metrics import SearchMetrics, TrainingMetrics
 from longrope2_ray.report.progress import ProgressBar, format_seconds, log_generation
 from longrope2_ray.report.training_observer import TrainObserver
 from longrope2_ray.search.status import Status
 from longrope2_ray.workers.connection import ray_session
 
 STATUS = Status(
-    "seen", "searching", 3, 8, 1.25, 1.5, 12, 100, 20, 30, 0.5, 60.0, 90.0, {"busy": 2, "idle": 1}, {"requeued": 4},
-    worst_ppl=2.0, critical_dims={"10": 1, "11": 3}, units_ahead=5, committed_at=1.7e9,
-)  # fmt: skip
+    "seen",
+    state="searching",
+    generation=3,
+    iterations=8,
+    best_ppl=1.25,
+    median_ppl=1.5,
+    worst_ppl=2.0,
+    best_critical_dim=12,
+    critical_dims={"10": 1, "11": 3},
+    units_done=100,
+    units_eliminated=20,
+    units_left=30,
+    units_ahead=5,
+    unit_seconds=0.5,
+    elapsed_seconds=60.0,
+    eta_seconds=90.0,
+    scorers={"busy": 2, "idle": 1},
+    faults={"requeued": 4},
+    committed_at=1.7e9,
+)
 
 
 def scrape() -> str:
@@ -51,18 +68,27 @@ def scrape_until(seen: Callable[[str], bool]) -> str:
 def test_the_drivers_metrics_come_out_of_rays_endpoint(monkeypatch):
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")  # instead of ten seconds
     with ray_session():
-        metrics = RayMetrics("seen")
+        metrics = SearchMetrics("seen")
         metrics(STATUS, "units")
         text = scrape_until(lambda text: value_of("units_requeued_total", text) == 4)
-        gauges = {"best_ppl": 1.25, "median_ppl": 1.5, "worst_ppl": 2, "generation": 3, "iterations": 8, "eta_seconds": 90,
-                  "units_raced_out": 20, "units_ahead": 5, "last_commit_timestamp_seconds": 1.7e9}  # fmt: skip
+        gauges = {
+            "best_ppl": 1.25,
+            "median_ppl": 1.5,
+            "worst_ppl": 2,
+            "generation": 3,
+            "iterations": 8,
+            "eta_seconds": 90,
+            "units_eliminated": 20,
+            "units_ahead": 5,
+            "last_commit_timestamp_seconds": 1.7e9,
+        }
         assert {name: value_of(name, text) for name in gauges} == gauges
         assert value_of("scorers", text, 'state="busy"') == 2
         assert value_of("survivors", text, 'critical_dim="10"') == 1
         assert value_of("scorer_deaths_total", text) == 0, "nothing died, and that is a number"
 
         later = dataclasses.replace(
-            STATUS, losses={"requeued": 6, "deaths": 2}, critical_dims={"11": 4}
+            STATUS, faults={"requeued": 6, "deaths": 2}, critical_dims={"11": 4}
         )
         for _ in range(3):  # running totals are counted once, however often they are shown
             metrics(later, "units")
@@ -73,28 +99,33 @@ def test_the_drivers_metrics_come_out_of_rays_endpoint(monkeypatch):
             "a dimension that died out is shown as such"
         )
 
-        observer, began = TrainObserver("seen", checkpoint_steps=2), time.time()
-        observer(training_row(1))
-        observer(training_row(2))  # its checkpoint is still being written
+        training, began = TrainingMetrics("seen", checkpoint_steps=2), time.time()
+        training(logged_step(1, window_losses={"long": 2.5}))
+        training(logged_step(2))  # its checkpoint is still being written
         text = scrape_until(lambda text: value_of("train_step", text) == 2)
         assert value_of("train_last_checkpoint_timestamp_seconds", text) <= began
         assert value_of("train_last_step_timestamp_seconds", text) >= began
-        assert value_of("train_loss_long", text) == 2.5
-        observer(training_row(3))
+        assert value_of("train_loss_short", text) == 2.5
+        assert value_of("train_eta_seconds", text) == 58 * 2.0
+        training(logged_step(3))
         text = scrape_until(lambda text: value_of("train_step", text) == 3)
         assert value_of("train_last_checkpoint_timestamp_seconds", text) > began
-        observer.stop()
 
 
-def training_row(step: int) -> dict[str, Any]:
-    """A logged step, as far as the observer reads it."""
-    return {
-        "step": step,
-        "num_steps": 9,
-        "loss": 2.0,
-        "window_losses": {"long": 2.5},
-        "seconds": 1.0,
-    }
+def test_each_logged_step_is_one_json_line_and_reaches_the_metrics(capsys):
+    exported = []
+    observer = TrainObserver(exported.append)
+    steps = [logged_step(1, seconds=1.0), logged_step(2, seconds=3.0)]
+    for step in steps:
+        observer(step)
+    observer.stop()
+    bodies = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert [(body["event"], body["step"], body["loss_long"]) for body in bodies] == [
+        ("step", 1, 3.5),
+        ("step", 2, 3.5),
+    ]
+    assert bodies[1]["eta_seconds"] == 58 * 2.0  # at the median pace
+    assert exported == steps
 
 
 def test_the_log_has_one_json_line_a_generation_and_none_for_units(capsys):

@@ -1,4 +1,4 @@
-"""What `longrope2 monitor` shows, from directories that real searches and trainings' files left behind."""
+"""What `longrope2 monitor` shows of directories that searches and trainings left behind."""
 
 import dataclasses
 import io
@@ -15,23 +15,30 @@ from typing import Any
 import pytest
 from rich.console import Console
 from toy import KilledError, ToyScorers, toy_recipe, toy_run
+from toy_training import begin_training, write_step
 
 from longrope2_ray.cli import main
-from longrope2_ray.recipe.fields import flatten
-from longrope2_ray.report.monitor import LIFELESS_SECONDS, Monitor, render
-from longrope2_ray.search.status import Status
+from longrope2_ray.recipe.identity import identity
+from longrope2_ray.report.snapshot import LIFELESS_SECONDS, Monitor
+from longrope2_ray.report.terminal import render
+from longrope2_ray.search.status import Status, read_status
+from longrope2_ray.search.winner import read_generations
 from longrope2_ray.storage.rundir import RunDir
 
 
 @pytest.fixture(params=["local", "memory"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     """An opened run of the toy, before its first status."""
-    place = RunDir(
-        str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run"
-    )
+    local = request.param == "local"
+    return open_run(tmp_path / "run" if local else f"memory://{uuid.uuid4().hex}/run")
+
+
+def open_run(place: Path | str) -> RunDir:
+    run_dir = RunDir(str(place))
     recipe = toy_recipe()
-    place.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
-    return place
+    body = recipe.model_dump(mode="json")
+    run_dir.open("search", identity(recipe, "search"), {"model": "toy"}, body, {})
+    return run_dir
 
 
 def search(run_dir: RunDir, kill_after: int | None = None) -> None:
@@ -54,21 +61,6 @@ def write_status(run_dir: RunDir, **values: Any) -> None:
     run_dir.write_json("status.json", dataclasses.asdict(Status("toy", iterations=3, **values)))
 
 
-def write_step(run_dir: RunDir, step: int, folder: str = "train") -> None:
-    row = {"step": step, "num_steps": 60, "loss": 3.0 - step / 100, "window_losses": {"short": 2.5, "long": 3.5},
-           "seconds": 2.0, "tokens_per_second": 1234.5, "model_flops_utilisation": 0.42, "learning_rate": 2e-5,
-           "grad_norm": 1.5}  # fmt: skip
-    run_dir.write_json(f"{folder}/steps/{step:07d}.json", row)
-
-
-def begin_training(run_dir: RunDir, folder: str = "train") -> None:
-    RunDir(str(run_dir.path / folder), folders=("steps",)).create()
-    run_dir.write_json(
-        f"{folder}/run.json",
-        {"recipe": {}, "fingerprints": {}, "num_segments": 8, "source": "winner"},
-    )
-
-
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
@@ -77,27 +69,24 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_a_finished_search_is_shown_whole_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = RunDir(str(tmp_path / "run"))
-    recipe = toy_recipe()
-    run_dir.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
+    run_dir = open_run(tmp_path / "run")
     search(run_dir)
     before = contents(tmp_path)
     began = time.monotonic()
-    assert (
-        main(["monitor", str(tmp_path / "run")]) == 0
-    )  # no terminal: one print, although --once was not given
+    # Without a terminal it is printed once, although --once was not given.
+    assert main(["monitor", str(tmp_path / "run")]) == 0
     assert time.monotonic() - began < 60
-    text, status = capsys.readouterr().out, run_dir.status()
+    text, status = capsys.readouterr().out, read_status(run_dir)
     assert status
     assert contents(tmp_path) == before
     assert re.search(r"state +finished", text)
     assert "3 of 3" in text
-    assert f"best {status['best_ppl']:.4g}" in text
-    assert f"done {status['units_done']}" in text
-    assert f"raced out {status['units_raced_out']}" in text
-    for dim, count in status["critical_dims"].items():
+    assert f"best {status.best_ppl:.4g}" in text
+    assert f"done {status.units_done}" in text
+    assert f"eliminated {status.units_eliminated}" in text
+    for dim, count in status.critical_dims.items():
         assert f"d_rcd {dim} {count}" in text
-    bests = [generation["survivors"][0]["ppl"] for generation in run_dir.generations()]
+    bests = [generation.survivors[0].ppl for generation in read_generations(run_dir)]
     assert f"{bests[0]:.4g} to {bests[-1]:.4g}" in text
     assert "\x1b" not in text
 
@@ -122,14 +111,39 @@ def test_a_search_under_way_shows_where_it_stands(run_dir: RunDir) -> None:
     assert "there is no status yet" in shown(run_dir)
     search(run_dir, kill_after=60)
     write_status(
-        run_dir, state="searching", generation=1, best_ppl=1.25, best_critical_dim=9, median_ppl=1.5, worst_ppl=2.0,
-        units_done=1060, units_ahead=7, unit_seconds=0.5, eta_seconds=3723.0, scorers={"busy": 2, "starting": 1},
-        losses={"requeued": 4, "deaths": 3, "preemptions": 2}, critical_dims={"11": 3, "9": 1},
+        run_dir,
+        state="searching",
+        generation=1,
+        best_ppl=1.25,
+        best_critical_dim=9,
+        median_ppl=1.5,
+        worst_ppl=2.0,
+        units_done=1060,
+        units_ahead=7,
+        unit_seconds=0.5,
+        eta_seconds=3723.0,
+        scorers={"busy": 2, "starting": 1},
+        faults={"requeued": 4, "deaths": 3, "preemptions": 2},
+        critical_dims={"11": 3, "9": 1},
         committed_at=time.time() - 125,
-    )  # fmt: skip
+    )
     text = shown(run_dir)
-    for words in ("searching", "1 of 3", "ETA 1:02:03", "best 1.25", "median 1.5", "worst 2", "done 1,060", "ahead 7",
-                  "busy 2", "starting 1", "requeued 4", "deaths 3", "preemptions 2", "stalls 0"):  # fmt: skip
+    for words in (
+        "searching",
+        "1 of 3",
+        "ETA 1:02:03",
+        "best 1.25",
+        "median 1.5",
+        "worst 2",
+        "done 1,060",
+        "ahead 7",
+        "busy 2",
+        "starting 1",
+        "requeued 4",
+        "deaths 3",
+        "preemptions 2",
+        "stalls 0",
+    ):
         assert words in text
     assert text.index("d_rcd 9") < text.index("d_rcd 11"), (
         "in the order of dimensions, not of their names"
@@ -138,10 +152,8 @@ def test_a_search_under_way_shows_where_it_stands(run_dir: RunDir) -> None:
     assert "no sign of life" not in text
 
 
-def test_a_driver_that_died_is_recognised(tmp_path: Path) -> None:
-    run_dir = RunDir(str(tmp_path / "run"))
-    recipe = toy_recipe()
-    run_dir.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
+def test_a_driver_that_died_is_recognized(tmp_path: Path) -> None:
+    run_dir = open_run(tmp_path / "run")
     write_status(run_dir, state="searching", eta_seconds=50.0)
     assert "no sign of life" not in shown(run_dir)
     long_ago = time.time() - 200
@@ -158,10 +170,8 @@ def test_a_driver_that_died_is_recognised(tmp_path: Path) -> None:
 def test_a_storage_with_another_clock_does_not_make_a_living_driver_look_dead(
     tmp_path: Path,
 ) -> None:
-    """Its files seem ten minutes old the moment they are written; what changes before our eyes is alive."""
-    run_dir = RunDir(str(tmp_path / "run"))
-    recipe = toy_recipe()
-    run_dir.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
+    """Its files seem ten minutes old when they are written; one that changes was written now."""
+    run_dir = open_run(tmp_path / "run")
     monitor = Monitor(run_dir)
     for units in (1, 2):
         write_status(run_dir, state="searching", units_done=units)
@@ -178,8 +188,19 @@ def test_trainings_are_found_beside_the_search(run_dir: RunDir) -> None:
     for step in range(1, 51):
         write_step(run_dir, step)
     text = shown(run_dir)
-    for words in ("training: train ", "training: train-yarn", "50 of 60", "ETA 0:20", "all 2.5", "short 2.5", "long 3.5",
-                  "tokens/s 1,23", "MFU 42%", "no step yet", "2.89 to 2.5"):  # fmt: skip
+    for words in (
+        "training: train ",
+        "training: train-yarn",
+        "50 of 60",
+        "ETA 0:20",
+        "all 2.5",
+        "short 2.5",
+        "long 3.5",
+        "tokens/s 1,23",
+        "MFU 42%",
+        "no step yet",
+        "2.89 to 2.5",
+    ):
         assert words in text
     assert not Monitor(run_dir).look().finished, "the search is, its trainings are not"
     for folder in ("train", "train-yarn"):
@@ -193,7 +214,7 @@ def test_a_training_that_stopped_says_why_until_it_goes_on(run_dir: RunDir) -> N
     write_step(run_dir, 1)
     monitor = Monitor(run_dir)
     monitor.look()
-    run_dir.write_json("train/stop.json", {"attempt": "a", "message": "the loss of step 2 is nan"})
+    run_dir.write_json("train/stop.json", {"claim": "a", "message": "the loss of step 2 is nan"})
     time.sleep(0.01)
     assert monitor.look().trainings[0].stopped == "the loss of step 2 is nan"
     assert "stopped: the loss of step 2 is nan" in shown(run_dir)
@@ -267,9 +288,7 @@ def test_what_is_no_run_is_refused_in_one_line(
     if kind != "nothing":
         place.mkdir()
     if kind == "folder of runs":
-        recipe = toy_recipe()
-        inner = RunDir(str(place / "run"))
-        inner.open(flatten(recipe), {"model": "toy"}, recipe.model_dump(mode="json"), {})
+        open_run(place / "run")
     if kind == "training":
         begin_training(RunDir(str(tmp_path)), "place")
     if kind == "torn":
@@ -296,5 +315,5 @@ def test_a_status_that_is_torn_for_a_moment_leaves_the_last_one_standing(run_dir
 def test_a_search_whose_driver_died_after_writing_its_winner_is_finished(run_dir: RunDir) -> None:
     write_status(run_dir, state="reporting")
     assert not Monitor(run_dir).look().finished
-    run_dir.write_json("winner.json", {"name": "toy"})
+    run_dir.write_json("winner.json", {"name": "toy"})  # that it is whole is enough
     assert Monitor(run_dir).look().finished

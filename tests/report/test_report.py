@@ -1,5 +1,6 @@
-"""The report of a run that a plain function scored: at every stage, self-contained, with every number."""
+"""The report of a run that a plain function scored: at every stage, with every number."""
 
+import dataclasses
 import html
 import logging
 import math
@@ -9,21 +10,34 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from toy_training import begin_training, write_step
 
-from longrope2_ray.recipe.fields import flatten
+from longrope2_ray.recipe.identity import identity
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.report.page import ReportWriter, write_report
 from longrope2_ray.report.rundata import load_run
 from longrope2_ray.report.tables import format_table
 from longrope2_ray.rope.geometry import RopeGeometry
-from longrope2_ray.search.loop import SearchRun
-from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, report_set
+from longrope2_ray.search.loop import SearchLoop
+from longrope2_ray.search.scores import (
+    SEARCH_SET,
+    NeedleSet,
+    Score,
+    Unit,
+    UnitScore,
+    report_set,
+    scores_of,
+)
+from longrope2_ray.search.space import Candidate
 from longrope2_ray.search.status import Status
+from longrope2_ray.search.winner import GenerationRecord, Survivor, Winner, write_generation
 from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.workers.done import Done
 
 GEOMETRY = RopeGeometry(head_dim=64, rotary_dim=64, base=10000.0, original_length=256)
 NAMES = {"factors.png", "progress.png", "dimensions.png", "units.png", "report.html"}
 TARGET, NUM_SAMPLES, NUM_TOKENS = 2048, 5, 7
+FINGERPRINTS = {"model": "0123abcd"}
 RECIPE = {
     "name": "toy",
     "model": {"path": "toy"},
@@ -32,7 +46,7 @@ RECIPE = {
         "population_size": 16,
         "iterations": 4,
         "top_k": 8,
-        "num_children": 8,
+        "num_offspring": 8,
         "mutation": "local",
     },
     "needles": {"num_samples": NUM_SAMPLES},
@@ -45,7 +59,7 @@ RECIPE = {
 
 
 class ToyScorers:
-    """Two scorers, one after the other: NLL grows with the distance from a vector whose critical dimension is 11."""
+    """Two scorers that take turns; NLL grows with the distance from a vector of critical dim 11."""
 
     def __init__(self, stop_after: int | None = None):
         ratio = TARGET / GEOMETRY.original_length
@@ -56,10 +70,10 @@ class ToyScorers:
     def free(self) -> int:
         return 2 - len(self._queue)
 
-    def submit(self, unit: Unit) -> None:
-        self._queue.append(unit)
+    def submit(self, work: Unit) -> None:
+        self._queue.append(work)
 
-    def wait(self) -> list[Score]:
+    def wait(self) -> list[Done[Unit, UnitScore]]:
         if self._left is not None:
             self._left -= 1
             if self._left < 0:
@@ -75,15 +89,16 @@ class ToyScorers:
         name = min(self._free_at, key=lambda n: self._free_at[n])
         started, seconds = self._free_at[name], float(self._rng.gamma(20, 0.01))
         self._free_at[name] = started + seconds + 0.01
-        return [Score(*unit.key, nll, NUM_TOKENS, nll < NUM_TOKENS, seconds, name, started)]
+        score = UnitScore(nll, NUM_TOKENS, nll < NUM_TOKENS, seconds)
+        return [Done(unit, score, name, started)]
 
     def counts(self) -> Mapping[str, int]:
         return {"busy": len(self._queue)}
 
-    def flush(self) -> list[Score]:
+    def flush(self) -> list[Done[Unit, UnitScore]]:
         return []
 
-    def losses(self) -> Mapping[str, int]:
+    def faults(self) -> Mapping[str, int]:
         return {}
 
 
@@ -92,18 +107,26 @@ def open_run(path: object) -> RunDir:
     recipe = Recipe(**RECIPE)
     geometry = {"head_dim": 64, "rotary_dim": 64, "rope_base": 10000.0, "original_length": 256}
     facts = {"geometry": geometry, "target_length": TARGET, "num_samples": NUM_SAMPLES}
-    run_dir.open(flatten(recipe), {"model": "0123abcd"}, recipe.model_dump(mode="json"), facts)
+    run_dir.open(
+        "search",
+        identity(recipe, "search"),
+        FINGERPRINTS,
+        recipe.model_dump(mode="json"),
+        facts,
+    )
     return run_dir
 
 
-def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> dict:
-    tokens = {
-        name: [NUM_TOKENS] * NUM_SAMPLES
-        for name in (SEARCH_SET, report_set(TARGET), report_set(2 * TARGET))
-    }
-    return SearchRun(
-        Recipe(**RECIPE), GEOMETRY, tokens, run_dir, scorers, {"model": "0123abcd"}, observers
-    ).run()
+def needle_set(name: str) -> NeedleSet:
+    ids = tuple(f"{name}/{sample}" for sample in range(NUM_SAMPLES))
+    return NeedleSet(name, ids, (NUM_TOKENS,) * NUM_SAMPLES)
+
+
+def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> Winner:
+    names = SEARCH_SET, report_set(TARGET), report_set(2 * TARGET)
+    sets = {name: needle_set(name) for name in names}
+    recipe = Recipe(**RECIPE)
+    return SearchLoop(recipe, GEOMETRY, sets, run_dir, scorers, FINGERPRINTS, observers).run()
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +174,9 @@ def test_mid_search(tmp_path):
 
 def test_without_geometry_ledger_and_critical_dimension(tmp_path):
     run_dir = RunDir(str(tmp_path))
-    run_dir.open({}, {}, {}, {})
-    candidate = {
-        "id": "a",
-        "critical_dim": 0,
-        "tail": [1.0] * 8 + [8.0] * 24,
-        "attention_factor": 1.0,
-        "start_tokens": 0,
-    }
-    survivors = [{**candidate, "nll_sum": 1.0, "ppl": 1.15}]
-    run_dir.write_generation(0, {"index": 0, "candidates": [candidate], "survivors": survivors})
+    run_dir.open("search", {}, {}, {}, {})
+    candidate = Candidate(0, (1.0,) * 8 + (8.0,) * 24)
+    write_generation(run_dir, GenerationRecord(0, (candidate,), (Survivor(candidate, 1.0, 1.15),)))
     assert "every dimension was searched" in check_files(run_dir, write_report(run_dir))
 
 
@@ -169,15 +185,15 @@ def test_finished_run_shows_every_number(finished):
     page = html.unescape(check_files(run_dir, write_report(run_dir)))
     table = format_table(winner)
     assert "http-equiv" not in page
-    for row in winner["report"]:
+    for row in winner.report:
         for cell in (
-            f"{row['ppl']:.4g}",
-            f"{row['accuracy']:.0%}",
-            f"{row['attention_factor']:.3f}",
+            f"{row.needles.ppl:.4g}",
+            f"{row.needles.accuracy:.0%}",
+            f"{row.attention_factor:.3f}",
         ):
             assert f"<td>{cell}</td>" in page
             assert cell in table
-    for factor in winner["factors"]:
+    for factor in winner.factors.values:
         assert f"<td>{factor:.6g}</td>" in page
     assert "0123abcd" in page
     assert "population_size = 16" in page  # the recipe
@@ -186,76 +202,82 @@ def test_finished_run_shows_every_number(finished):
 def test_format_table_marks_the_best_of_each_block(finished):
     _, winner = finished
     table = format_table(winner)
-    assert (
-        f"found {winner['critical_dim']}; theoretical {winner['theoretical_critical_dim']}" in table
-    )
+    theory = GEOMETRY.theoretical_critical_dim
+    assert f"found {winner.candidate.critical_dim}; theoretical {theory}" in table
     assert "held out" in table.lower()
     assert "beyond the target the baselines get the larger ratio" in table
     blocks = table.split("\n\n")[1:]
     assert len(blocks) == 4  # two lengths at two attention factors
     for block in blocks:
         best = [line for line in block.splitlines() if line.startswith("*")]
-        rows = [r for r in winner["report"]
-                if block.startswith(f"{r['length']} tokens") and f"attention factor {r['compared_at']:.3f}" in block]  # fmt: skip
+        rows = [
+            row
+            for row in winner.report
+            if block.startswith(f"{row.length} tokens")
+            and f"attention factor {row.compared_at:.3f}" in block
+        ]
         assert len(best) == 1
-        assert f"{min(r['ppl'] for r in rows):.4g}" in best[0]
+        assert f"{min(row.needles.ppl for row in rows):.4g}" in best[0]
 
 
 def test_format_table_without_finite_numbers(finished):
     _, winner = finished
-    rows = [{**row, "ppl": None} for row in winner["report"]]
-    table = format_table({**winner, "critical_dim": 0, "start_tokens": 8, "report": rows})
+    rows = tuple(
+        dataclasses.replace(row, needles=dataclasses.replace(row.needles, ppl=None))
+        for row in winner.report
+    )
+    infinite = dataclasses.replace(winner, report=rows)
+    whole = dataclasses.replace(winner.candidate, critical_dim=0, start_tokens=8)
+    table = format_table(dataclasses.replace(infinite, candidate=whole))
     assert "The first 8 positions keep the original RoPE." in table
     assert "not finite" in table
     assert "every dimension was searched" in table
     assert "LongRoPE2" not in table  # a search over every dimension is the first paper's
     assert "  LongRoPE  " in table
-    assert "  LongRoPE2  " in format_table({**winner, "report": rows})
+    assert "  LongRoPE2  " in format_table(infinite)
     assert not any(line.startswith("*") for line in table.splitlines())
 
 
 def test_work_adds_up(finished):
     run_dir, _ = finished
-    run, rows = (
-        load_run(run_dir),
-        [s for s in run_dir.load_scores().values() if s.needle_set == SEARCH_SET],
-    )
-    assert sum(g.scored for g in run.generations) == len(rows)
+    run = load_run(run_dir)
+    rows = [s for s in scores_of(run_dir).load().values() if s.needle_set == SEARCH_SET]
+    assert sum(g.units_scored for g in run.generations) == len(rows)
     candidates = sum(len(g.candidates) for g in run.generations)
-    assert sum(g.scored + g.raced_out for g in run.generations) == candidates * NUM_SAMPLES
-    assert any(g.raced_out for g in run.generations)
-    assert all(len(g.new_ppls) * NUM_SAMPLES <= g.scored for g in run.generations)
+    units = sum(g.units_scored + g.units_eliminated for g in run.generations)
+    assert units == candidates * NUM_SAMPLES
+    assert any(g.units_eliminated for g in run.generations)
+    assert all(len(g.new_ppls) * NUM_SAMPLES <= g.units_scored for g in run.generations)
     assert math.isclose(
         sum(g.busy_seconds for g in run.generations), sum(s.seconds for s in rows), rel_tol=0.05
     )
-    assert run.busy_share == pytest.approx(
-        0.95, abs=0.05
-    )  # a unit takes 0.2 s, then the scorer idles 0.01 s
+    # A unit takes 0.2 s, then the scorer idles 0.01 s.
+    assert run.busy_share == pytest.approx(0.95, abs=0.05)
 
 
 def test_pause_between_attempts_is_not_idle_time(tmp_path):
     run_dir = open_run(tmp_path)
+    ledger = scores_of(run_dir)
     for index, began in enumerate((1000.0, 9000.0)):
-        ids = [f"{index}{c}" for c in "ab"]
-        run_dir.append_scores(
-            Score(id, SEARCH_SET, s, 1.0, 7, True, 1.0, "scorer-00", began + NUM_SAMPLES * n + s)
-            for n, id in enumerate(ids)
-            for s in range(NUM_SAMPLES)
+        candidates = tuple(Candidate(12, (8.0 + 2 * index + n,) * 20) for n in range(2))
+        ledger.commit(
+            Score(
+                vector_id=candidate.id,
+                sample_id=f"search/{sample}",
+                needle_set=SEARCH_SET,
+                sample=sample,
+                nll_sum=1.0,
+                num_tokens=7,
+                correct=True,
+                seconds=1.0,
+                scorer="scorer-00",
+                started=began + NUM_SAMPLES * n + sample,
+            )
+            for n, candidate in enumerate(candidates)
+            for sample in range(NUM_SAMPLES)
         )
-        candidates = [
-            {
-                "id": id,
-                "critical_dim": 12,
-                "tail": [8.0] * 20,
-                "attention_factor": 1.0,
-                "start_tokens": 0,
-            }
-            for id in ids
-        ]
-        survivors = [{**c, "nll_sum": 5.0, "ppl": 1.15} for c in candidates]
-        run_dir.write_generation(
-            index, {"index": index, "candidates": candidates, "survivors": survivors}
-        )
+        survivors = tuple(Survivor(candidate, 5.0, 1.15) for candidate in candidates)
+        write_generation(run_dir, GenerationRecord(index, candidates, survivors))
     assert load_run(run_dir).busy_share == pytest.approx(1.0)
 
 
@@ -288,34 +310,25 @@ def test_writer_survives_a_failing_report(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "longrope2"):
         winner = search(run_dir, ToyScorers(), [writer])
         writer.finish()
-    assert winner["report"]
-    assert (
-        [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage())
-        == len(caplog.records)
-        == 1
-    )
+    assert winner.report
+    assert len(caplog.records) == 1
     assert "no space" in caplog.text
 
 
 def test_trainings_beside_each_other_have_their_losses_in_the_report(tmp_path):
     run_dir = RunDir(str(tmp_path))
     run_dir.create()
-    run_dir.write_json("run.json", {"recipe": {"name": "toy"}, "fingerprints": {}})
+    run_dir.write_json("run.json", {"kind": "search", "recipe": {}, "fingerprints": {}})
     for name, num_logged in (("mixed", 20), ("plain", 3)):
-        (tmp_path / name / "steps").mkdir(parents=True)
+        begin_training(run_dir, name)
         for step in range(1, num_logged + 1):
             losses = {"long": 4 - step / 10} if step % 2 else {"short": 3.0, "long": 4 - step / 10}
-            row = {
-                "step": step,
-                "num_steps": 20,
-                "window_losses": losses,
-                "num_positions": 4096,
-                "tokens_per_second": 1234.4,
-            }
-            run_dir.write_json(f"{name}/steps/{step:07d}.json", row)
+            write_step(run_dir, step, name, num_steps=20, window_losses=losses)
+    write_step(run_dir, 1, "no-training")
     assert {path.name for path in write_report(run_dir)} == NAMES | {"training.png"}
     page = html.unescape((tmp_path / "report.html").read_text())
     rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", page)]
     assert ["mixed", "20", "of", "20", "3.000", "2.050", "81,920", "1,234"] in rows
     assert ["plain", "3", "of", "20", "-", "3.700", "12,288", "1,234"] in rows
     assert 'alt="training.png"' in page
+    assert "no-training" not in page, "a folder without the run.json of a training is none"

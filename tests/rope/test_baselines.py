@@ -9,7 +9,8 @@ from longrope2_ray.rope import baselines
 from longrope2_ray.rope.baselines import METHODS, WITH_CRITICAL_DIM, baseline
 from longrope2_ray.rope.geometry import RopeGeometry
 
-# (geometry, target length): Llama-3, Phi-3, Llama-2, SmolLM2, a partial rotary one, a tiny one, a long window on a low base
+# (geometry, target length): Llama-3, Phi-3, Llama-2, SmolLM2, a partial rotary one, a tiny one,
+# a long window on a low base
 GEOMETRIES = [
     (RopeGeometry(128, 128, 500_000.0, 8192), 131_072),
     (RopeGeometry(96, 96, 10_000.0, 2048), 131_072),

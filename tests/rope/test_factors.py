@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -87,12 +89,14 @@ def test_the_wrong_length_is_refused_with_both_lengths() -> None:
             1,
         ),
         (
-            '{"rope_scaling": {"rope_type": "longrope", "long_factor": [1, 2.5], "short_factor": [1, 1]}}',
+            '{"rope_scaling": {"rope_type": "longrope", "long_factor": [1, 2.5], '
+            '"short_factor": [1, 1]}}',
             1.0,
             None,
         ),
         (
-            '{"rope_scaling": null, "rope_parameters": {"long_factor": [1, 2.5], "attention_factor": 1.5}}',
+            '{"rope_scaling": null, '
+            '"rope_parameters": {"long_factor": [1, 2.5], "attention_factor": 1.5}}',
             1.5,
             None,
         ),
@@ -170,3 +174,13 @@ def test_a_file_without_a_vector_is_one_value_error(text: str) -> None:
 def test_a_file_with_an_impossible_vector_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^factors: expected"):
         factors_from_json(text, "file.json")
+
+
+def test_pickled_factors_are_the_same_and_stay_read_only() -> None:
+    factors = RescaleFactors(np.linspace(1, 4, 8) ** 1.1, 1.2, 3, "test", 5)
+    for again in (pickle.loads(pickle.dumps(factors)), copy.deepcopy(factors)):
+        assert again.values.tobytes() == factors.values.tobytes()
+        assert (again.attention_factor, again.critical_dim) == (1.2, 3)
+        assert (again.source, again.start_tokens) == ("test", 5)
+        with pytest.raises(ValueError, match="read-only"):
+            again.values[0] = 2.0

@@ -1,4 +1,7 @@
-"""Numbers of the papers, of published vectors and of arithmetic done by hand. Dimensions are indices from zero."""
+"""Numbers of the papers, of published vectors and of arithmetic done by hand.
+
+Dimensions are indices from zero.
+"""
 
 import json
 import math
@@ -8,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longrope2_ray.plan import plan
+from longrope2_ray.plan import Plan, plan
+from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
-from longrope2_ray.recipe.sections import SearchSection, ShapeSection
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.rope.baselines import su_attention_factor, yarn_attention_factor
 from longrope2_ray.rope.factors import assemble, factors_from_json
 from longrope2_ray.rope.geometry import RopeGeometry
@@ -28,7 +32,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 LONGROPE_V1 = [id for id, vector in PUBLISHED.items() if vector["kind"] == "LongRoPE v1"]
 
-LLAMA3_8B_SHAPE = ShapeSection(
+LLAMA3_8B_SHAPE = ModelShape(
     hidden_size=4096,
     intermediate_size=14336,
     num_layers=32,
@@ -40,7 +44,7 @@ LLAMA3_8B_SHAPE = ShapeSection(
     original_length=8192,
     vocab_size=128_256,
 )
-PHI3_MINI_SHAPE = ShapeSection(
+PHI3_MINI_SHAPE = ModelShape(
     model_type="phi3",
     hidden_size=3072,
     intermediate_size=8192,
@@ -55,7 +59,7 @@ PHI3_MINI_SHAPE = ShapeSection(
 )
 
 
-def cost_at_128k(shape: ShapeSection) -> dict[str, Any]:
+def cost_at_128k(shape: ModelShape) -> Plan:
     recipe = Recipe(
         name="x", model={"path": "x", "shape": shape}, search={"target_length": 131_072}
     )
@@ -126,9 +130,9 @@ def test_attention_factor_of_the_reference_trial_at_8_times_256() -> None:
     ids=["Llama-3-8B", "Phi-3-mini"],
 )
 def test_planned_flops_at_128k_agree_with_the_arithmetic(
-    shape: ShapeSection, linear: float, attention: float
+    shape: ModelShape, linear: float, attention: float
 ) -> None:
-    flops = cost_at_128k(shape)["pass_pflop"]
+    flops = cost_at_128k(shape).pass_pflop
     assert flops["linear"] == pytest.approx(linear, rel=0.1)
     assert flops["attention"] == pytest.approx(attention, rel=0.1)
     assert flops["total"] == pytest.approx(linear + attention, rel=0.1)
@@ -139,19 +143,17 @@ def test_planned_flops_at_128k_agree_with_the_arithmetic(
     [(LLAMA3_8B_SHAPE, 8.03), (PHI3_MINI_SHAPE, 3.82)],
     ids=["Llama-3-8B", "Phi-3-mini"],
 )
-def test_planned_parameters_are_those_of_the_model_card(
-    shape: ShapeSection, billions: float
-) -> None:
-    assert cost_at_128k(shape)["num_parameters"] / 1e9 == pytest.approx(billions, rel=0.005)
+def test_planned_parameters_are_those_of_the_model_card(shape: ModelShape, billions: float) -> None:
+    assert cost_at_128k(shape).num_parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_full_logits_of_llama3_at_128k_would_take_31_gib_in_bfloat16() -> None:
-    memory = cost_at_128k(LLAMA3_8B_SHAPE)["scorer_memory_gib"]
+    memory = cost_at_128k(LLAMA3_8B_SHAPE).scorer_memory_gib
     assert memory["full logits (avoided)"] == pytest.approx(31, rel=0.02)
 
 
 @pytest.mark.parametrize(
     "shape", [LLAMA3_8B_SHAPE, PHI3_MINI_SHAPE], ids=["Llama-3-8B", "Phi-3-mini"]
 )
-def test_either_model_fits_one_40_gb_gpu_at_128k(shape: ShapeSection) -> None:
-    assert cost_at_128k(shape)["scorer_memory_gib"]["total"] < 40e9 / 2**30
+def test_either_model_fits_one_40_gb_gpu_at_128k(shape: ModelShape) -> None:
+    assert cost_at_128k(shape).scorer_memory_gib["total"] < 40e9 / 2**30

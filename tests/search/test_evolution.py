@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import GEOMETRY, TARGET_LENGTH
 
-from longrope2_ray.recipe.sections import SearchSection
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.rope.baselines import baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.rope.factors import assemble
 from longrope2_ray.search.evolution import Evolution, select
-from longrope2_ray.search.mutation import CROSSOVERS, MUTATIONS, MutationContext, shift_tail
+from longrope2_ray.search.operators import CROSSOVERS, MUTATIONS, MutationContext, shift_tail
 from longrope2_ray.search.space import Candidate, SearchSpace, attention_factor
 
 RATIO = TARGET_LENGTH / GEOMETRY.original_length
@@ -25,7 +25,7 @@ def section(**changes: Any) -> SearchSection:
         "population_size": 12,
         "iterations": 3,
         "top_k": 4,
-        "num_children": 6,
+        "num_offspring": 6,
     }
     return SearchSection.model_validate({**small, **changes})
 
@@ -304,11 +304,11 @@ def test_sorting_raises_middle_entries_but_the_first_only_if_every_entry_is_draw
 
 
 @pytest.mark.parametrize("index", [0, 6], ids=["first", "middle"])
-def test_drawing_between_neighbours_cannot_raise_the_first_or_a_middle_entry_of_a_constant_tail(
+def test_drawing_between_neighbors_cannot_raise_the_first_or_a_middle_entry_of_a_constant_tail(
     index: int,
 ) -> None:
-    assert raised("neighbours", index) == 0
-    assert raised("neighbours", 12) > 0
+    assert raised("neighbors", index) == 0
+    assert raised("neighbors", 12) > 0
 
 
 def test_the_authors_loop_makes_a_constant_tail_rise_strictly_on_their_grid() -> None:
@@ -627,7 +627,7 @@ def test_a_population_of_steps_has_few_levels_and_spans_the_space() -> None:
 
 def told(**changes: object) -> Evolution:
     """A search whose first generation is told: the id decides, so that the best are spread over the space."""
-    search = evolution(population_size=40, top_k=4, num_children=40, **changes)
+    search = evolution(population_size=40, top_k=4, num_offspring=40, **changes)
     search.tell({c.id: 1 + int(c.id, 16) % 97 for c in search.ask()})
     return search
 
@@ -665,11 +665,11 @@ def test_a_preview_is_the_generation_that_is_told_and_changes_nothing(
     search, undisturbed = evolution(**changes), evolution(**changes)
     while not search.finished:
         totals = totals_of(search.ask())
-        search.children(
+        search.offspring(
             search.preview(search.generation, {id: -total for id, total in totals.items()})
         )
         standing = search.preview(search.generation, totals)
-        children = search.children(standing)
+        children = search.offspring(standing)
         search.tell(totals)
         undisturbed.tell(totals)
         assert standing.survivors == search.generation.survivors
@@ -680,23 +680,23 @@ def test_a_preview_is_the_generation_that_is_told_and_changes_nothing(
 def test_two_generations_ahead_are_right_where_the_guess_is() -> None:
     search = evolution()
     first = search.preview(search.generation, totals_of(search.ask()))
-    first = replace(first, candidates=search.children(first))
+    first = replace(first, candidates=search.offspring(first))
     second = search.preview(first, totals_of(first.candidates))
-    ahead = search.children(second, {c.id for c in first.candidates})
+    ahead = search.offspring(second, {c.id for c in first.candidates})
     for _ in range(2):
         search.tell(totals_of(search.ask()))
     assert ahead == search.generation.candidates
 
 
-def test_children_of_a_guess_are_right_as_far_as_the_ranks_of_their_parents_are() -> None:
-    search = evolution(num_children=4, shift_probability=0.0)
+def test_offspring_of_a_guess_are_right_as_far_as_the_ranks_of_their_parents_are() -> None:
+    search = evolution(num_offspring=4, shift_probability=0.0)
     right = search.preview(search.generation, totals_of(search.ask()))
     stranger = next(c for c in search.ask() if c not in right.survivors)
     wrong = replace(right, survivors=(*right.survivors[:3], stranger))
-    assert search.children(wrong)[:3] == search.children(right)[:3]
-    assert search.children(wrong)[3] != search.children(right)[3]
+    assert search.offspring(wrong)[:3] == search.offspring(right)[:3]
+    assert search.offspring(wrong)[3] != search.offspring(right)[3]
 
 
 def test_nothing_is_bred_after_the_last_generation() -> None:
     search = evolution(iterations=0)
-    assert search.children(search.preview(search.generation, totals_of(search.ask()))) == ()
+    assert search.offspring(search.preview(search.generation, totals_of(search.ask()))) == ()

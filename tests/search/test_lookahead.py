@@ -13,6 +13,7 @@ from toy import (
     TARGET_LENGTH,
     KilledError,
     ToyScorers,
+    ledger_of,
     result_bytes,
     toy_nll,
     toy_recipe,
@@ -20,7 +21,8 @@ from toy import (
 )
 
 from longrope2_ray.search.scores import SEARCH_SET, Unit, report_set
-from longrope2_ray.search.status import Status
+from longrope2_ray.search.status import Status, read_status
+from longrope2_ray.search.winner import read_generations, read_winner
 from longrope2_ray.storage.rundir import RunDir
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -32,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "authors": {"preset": "authors", "top_k": 4},
     "longrope": {"preset": "longrope", "top_k": 4},
     "blend, temperature": {"crossover": "blend", "immigrants": 0.2, "attention_factor": "search"},
-    "many iterations": {"iterations": 6, "num_children": 3},
+    "many iterations": {"iterations": 6, "num_offspring": 3},
     "tables": {
         "report": {"attention_factors": [1.0, "search"], "methods": ["unscaled", "pi", "yarn-rcd", "longrope2"],
                    "lengths": [TARGET_LENGTH, 2 * TARGET_LENGTH]},
@@ -84,7 +86,7 @@ def test_looking_ahead_changes_no_byte_for_any_order_kill_and_number_of_scorers(
 
 def test_a_kill_after_every_unit_changes_no_byte_while_looking_ahead() -> None:
     run_dir, lives = memory(), 0
-    while not run_dir.winner():
+    while not read_winner(run_dir):
         lives += 1
         scorers = ToyScorers(9, shuffle=lives, kill_after=1, stragglers=0.3)
         try:
@@ -109,9 +111,9 @@ def test_penalties_change_no_byte_while_looking_ahead() -> None:
         assert results[0] == results[1]
 
 
-def generation_keys(run_dir: RunDir, scorers: ToyScorers) -> list[list[tuple[str, str, int]]]:
+def generation_keys(run_dir: RunDir, scorers: ToyScorers) -> list[list[tuple[str, str]]]:
     """Units of the search by the generation that asked for them."""
-    ids = [{c["id"] for c in generation["candidates"]} for generation in run_dir.generations()]
+    ids = [{c.id for c in generation.candidates} for generation in read_generations(run_dir)]
     return [[key for key in scorers.scored if key[0] in group] for group in ids]
 
 
@@ -133,7 +135,7 @@ def test_children_are_scored_before_the_last_unit_of_the_generation_before_them(
 def test_rows_of_the_tables_that_depend_on_nobody_fill_the_first_tail() -> None:
     scorers = ToyScorers(20, stragglers=0.2)
     first = generation_keys(finished(scorers, "off"), scorers)[0]
-    reported = [key for key in scorers.scored if key[1] == report_set(TARGET_LENGTH)]
+    reported = [key for key in scorers.scored if key[1].startswith(report_set(TARGET_LENGTH))]
     early = [
         key for key in reported if scorers.submitted_after[key] <= scorers.scored.index(first[-1])
     ]
@@ -156,21 +158,24 @@ def test_units_ahead_of_a_finished_run_are_those_that_nobody_asked_for() -> None
 
     run_dir = memory()
     toy_run(toy_recipe(), run_dir, scorers, [observe]).run()
-    winner, status = run_dir.winner(), run_dir.status()
+    winner, status = read_winner(run_dir), read_status(run_dir)
     assert winner is not None
     assert status is not None
-    asked = {c["id"] for generation in run_dir.generations() for c in generation["candidates"]}
-    ledger = run_dir.load_scores()
-    strangers = sum(id not in asked for id, name, _ in ledger if name == SEARCH_SET)
-    rows = {tuple(row["nll_per_sample"]) for row in winner["report"]}
-    tables = sum(name != SEARCH_SET for _, name, _ in ledger) - len(rows) * NUM_SAMPLES
+    asked = {c.id for generation in read_generations(run_dir) for c in generation.candidates}
+    ledger = ledger_of(run_dir)
+    sets = [score.needle_set for score in ledger.values()]
+    strangers = sum(
+        score.vector_id not in asked for score in ledger.values() if score.needle_set == SEARCH_SET
+    )
+    rows = {row.needles.nll_per_sample for row in winner.report}
+    tables = sum(name != SEARCH_SET for name in sets) - len(rows) * NUM_SAMPLES
     assert tables >= 0
-    assert status["units_ahead"] == strangers + tables > 0
-    assert status["units_done"] == len(ledger)
-    assert max(seen) >= status["units_ahead"]
+    assert status.units_ahead == strangers + tables > 0
+    assert status.units_done == len(ledger)
+    assert max(seen) >= status.units_ahead
     resumed = ToyScorers()
     toy_run(toy_recipe(), RunDir(run_dir.url), resumed).run()
     assert not resumed.submitted
-    again = run_dir.status()
+    again = read_status(run_dir)
     assert again is not None
-    assert (again["units_ahead"], again["units_done"]) == (status["units_ahead"], len(ledger))
+    assert (again.units_ahead, again.units_done) == (status.units_ahead, len(ledger))

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import (
     GEOMETRY,
+    NEEDLE_SETS,
     NUM_SAMPLES,
-    NUM_TOKENS,
     TARGET_LENGTH,
     KilledError,
     ToyScorers,
+    ledger_of,
     toy_nll,
     toy_recipe,
     toy_run,
@@ -27,10 +28,19 @@ from toy import (
 from longrope2_ray.errors import StoppedError
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.factors import factors_from_json
-from longrope2_ray.search.scores import SEARCH_SET, Score, Unit, perplexity, report_set, summarize
-from longrope2_ray.search.space import Candidate
-from longrope2_ray.search.status import Status
+from longrope2_ray.search.scores import (
+    SEARCH_SET,
+    NeedleSummary,
+    Score,
+    Unit,
+    UnitScore,
+    perplexity,
+    report_set,
+)
+from longrope2_ray.search.status import Status, read_status
+from longrope2_ray.search.winner import read_generations, read_winner
 from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.workers.done import Done
 
 
 def memory() -> RunDir:
@@ -97,7 +107,7 @@ def test_a_statistical_search_ends_in_the_same_bytes_too(width: int) -> None:
 def test_kills_at_any_unit_change_no_byte_and_no_unit_is_scored_twice(
     kills: list[int], width: int, shuffle: int, racing: str
 ) -> None:
-    run_dir, recipe, scored = memory(), toy_recipe(racing=racing), list[tuple[str, str, int]]()
+    run_dir, recipe, scored = memory(), toy_recipe(racing=racing), list[tuple[str, str]]()
     for n in (*kills, None):
         scorers = ToyScorers(width, shuffle, kill_after=n, batch=3)
         try:
@@ -159,7 +169,7 @@ def test_every_unit_is_submitted_once_and_committed_before_the_next_kill() -> No
     with pytest.raises(KilledError):
         toy_run(toy_recipe(), run_dir, scorers).run()
     assert set(scorers.submitted.values()) == {1}
-    assert set(run_dir.load_scores()) == set(scorers.scored)
+    assert set(ledger_of(run_dir)) == set(scorers.scored)
 
 
 def test_racing_saves_units_and_says_how_many() -> None:
@@ -168,21 +178,24 @@ def test_racing_saves_units_and_says_how_many() -> None:
     finished(whole, toy_recipe(racing="off"))
     saved = len(whole.scored) - len(raced.scored)
     assert saved > 0
-    status = run_dir.status()
+    status = read_status(run_dir)
     assert status is not None
-    assert status["units_raced_out"] == saved
-    assert status["units_done"] == len(raced.scored)
+    assert status.units_eliminated == saved
+    assert status.units_done == len(raced.scored)
 
 
 def test_the_status_of_a_finished_run_says_so() -> None:
     run_dir = finished(ToyScorers(2, shuffle=0))
-    status = run_dir.status()
+    status = read_status(run_dir)
     assert status is not None
-    assert (status["state"], status["generation"], status["iterations"]) == ("finished", 3, 3)
-    assert (status["units_left"], status["eta_seconds"]) == (0, 0.0)
-    winner = run_dir.winner()
+    assert (status.state, status.generation, status.iterations) == ("finished", 3, 3)
+    assert (status.units_left, status.eta_seconds) == (0, 0.0)
+    winner = read_winner(run_dir)
     assert winner is not None
-    assert status["best_ppl"] == winner["search"]["ppl"] <= status["median_ppl"]
+    assert status.best_ppl == winner.search.ppl
+    assert status.median_ppl is not None
+    assert winner.search.ppl is not None
+    assert winner.search.ppl <= status.median_ppl
 
 
 def test_observers_see_every_generation_and_one_end() -> None:
@@ -202,31 +215,30 @@ def test_observers_see_every_generation_and_one_end() -> None:
 
 def test_the_winner_is_the_best_of_everything_that_was_asked() -> None:
     run_dir = finished(ToyScorers(), toy_recipe(racing="off"))
-    winner = run_dir.winner()
+    winner = read_winner(run_dir)
     assert winner is not None
     totals: dict[str, float] = {}
-    for generation in run_dir.generations():
-        for body in generation["candidates"]:
-            numbers = tuple(body["tail"]), body["attention_factor"]
-            candidate = Candidate(body["critical_dim"], *numbers, start_tokens=body["start_tokens"])
+    for generation in read_generations(run_dir):
+        for candidate in generation.candidates:
             units = [
-                Unit(candidate.id, SEARCH_SET, sample, candidate.factors)
+                Unit(candidate.id, SEARCH_SET, sample, "", candidate.factors)
                 for sample in range(NUM_SAMPLES)
             ]
-            totals[body["id"]] = math.fsum(toy_nll(unit) for unit in units)
-    assert winner["candidate"]["id"] == min(totals, key=lambda id: (totals[id], id))
-    assert winner["search"]["ppl"] == perplexity(min(totals.values()), sum(NUM_TOKENS[SEARCH_SET]))
+            totals[candidate.id] = math.fsum(toy_nll(unit) for unit in units)
+    assert winner.candidate.id == min(totals, key=lambda id: (totals[id], id))
+    num_tokens = sum(NEEDLE_SETS[SEARCH_SET].num_tokens)
+    assert winner.search.ppl == perplexity(min(totals.values()), num_tokens)
 
 
 def test_winner_json_holds_the_vector_and_the_table_and_no_time() -> None:
     run_dir = finished(ToyScorers())
-    winner, text = run_dir.winner(), winner_bytes(run_dir).decode()
+    winner, text = read_winner(run_dir), winner_bytes(run_dir).decode()
     assert winner is not None
     factors = factors_from_json(text, "winner.json").require_length(GEOMETRY.num_cosines)
-    assert factors.critical_dim == winner["critical_dim"] in range(3, 8)
+    assert factors.critical_dim == winner.candidate.critical_dim in range(3, 8)
     assert factors.monotone
-    assert winner["theoretical_critical_dim"] == GEOMETRY.theoretical_critical_dim
-    assert [row["method"] for row in winner["report"]] == [
+    assert winner.geometry.theoretical_critical_dim == GEOMETRY.theoretical_critical_dim
+    assert [row.method for row in winner.report] == [
         "unscaled",
         "pi",
         "ntk",
@@ -234,39 +246,36 @@ def test_winner_json_holds_the_vector_and_the_table_and_no_time() -> None:
         "yarn",
         "longrope2",
     ]
-    assert {row["length"] for row in winner["report"]} == {TARGET_LENGTH}
-    assert all(len(row["nll_per_sample"]) == NUM_SAMPLES for row in winner["report"])
+    assert {row.length for row in winner.report} == {TARGET_LENGTH}
+    assert all(len(row.needles.nll_per_sample) == NUM_SAMPLES for row in winner.report)
     assert not re.search(r"second|time|started|elapsed|scorer", text)
 
 
 def test_tables_compare_all_methods_at_each_attention_factor_but_unscaled_at_one() -> None:
     recipe = toy_recipe(report={"attention_factors": [1.0, "su", "search"]}, attention_factor=1.05)
-    winner = finished(ToyScorers(4), recipe).winner()
+    winner = read_winner(finished(ToyScorers(4), recipe))
     assert winner is not None
-    assert list(dict.fromkeys(row["compared_at"] for row in winner["report"])) == pytest.approx(
+    assert list(dict.fromkeys(row.compared_at for row in winner.report)) == pytest.approx(
         [1.0, math.sqrt(1.25), 1.05]
     )
-    assert len(winner["report"]) == 3 * 6
-    for row in winner["report"]:
-        assert row["attention_factor"] == (
-            1.0 if row["method"] == "unscaled" else row["compared_at"]
-        )
+    assert len(winner.report) == 3 * 6
+    for row in winner.report:
+        assert row.attention_factor == (1.0 if row.method == "unscaled" else row.compared_at)
 
 
 def test_equal_vectors_share_their_scores() -> None:
     scorers = ToyScorers()
     recipe = toy_recipe(report={"attention_factors": [1.0, 1.1], "methods": ["unscaled", "pi"]})
     finished(scorers, recipe)
-    reported = [key for key in scorers.scored if key[1] == report_set(TARGET_LENGTH)]
+    reported = [key for key in scorers.scored if key[1].startswith(report_set(TARGET_LENGTH))]
     assert len(reported) == 3 * NUM_SAMPLES  # unscaled once, PI at both factors
 
 
 def test_rcd_methods_are_reported_at_the_found_critical_dim() -> None:
-    winner = finished(
-        ToyScorers(), toy_recipe(report={"methods": ["yarn-rcd", "ntk-rcd", "longrope2"]})
-    ).winner()
+    recipe = toy_recipe(report={"methods": ["yarn-rcd", "ntk-rcd", "longrope2"]})
+    winner = read_winner(finished(ToyScorers(), recipe))
     assert winner is not None
-    assert {row["critical_dim"] for row in winner["report"]} == {winner["critical_dim"]}
+    assert {row.critical_dim for row in winner.report} == {winner.candidate.critical_dim}
 
 
 # --- scores that are not finite
@@ -278,11 +287,13 @@ def test_a_candidate_with_a_score_that_is_not_finite_never_wins_and_the_run_goes
         return None if best and unit.sample == 1 else toy_nll(unit)
 
     whole = finished(ToyScorers(nll=nll), toy_recipe(racing="off"))
-    winner = whole.winner()
+    winner = read_winner(whole)
     assert winner is not None
-    assert winner["factors"][-1] <= 6.5
-    assert None not in winner["search"]["nll_per_sample"]
-    ids = {c["id"]: c["tail"][-1] for g in whole.generations() for c in g["survivors"]}
+    assert winner.factors.values[-1] <= 6.5
+    assert None not in winner.search.nll_per_sample
+    ids = {
+        s.candidate.id: s.candidate.tail[-1] for g in read_generations(whole) for s in g.survivors
+    }
     assert max(ids.values()) <= 6.5
     raced = finished(ToyScorers(3, shuffle=1, nll=nll))
     assert winner_bytes(raced) == winner_bytes(whole)
@@ -299,12 +310,12 @@ def test_a_baseline_with_a_score_that_is_not_finite_is_a_row_without_perplexity(
     def nll(unit: Unit) -> float | None:
         return None if unit.factors.source == "unscaled" and unit.sample == 0 else toy_nll(unit)
 
-    winner = finished(ToyScorers(nll=nll)).winner()
+    winner = read_winner(finished(ToyScorers(nll=nll)))
     assert winner is not None
-    unscaled = next(row for row in winner["report"] if row["method"] == "unscaled")
-    assert unscaled["ppl"] is None
-    assert unscaled["nll_per_sample"][0] is None
-    assert None not in unscaled["nll_per_sample"][1:]
+    unscaled = next(row for row in winner.report if row.method == "unscaled")
+    assert unscaled.needles.ppl is None
+    assert unscaled.needles.nll_per_sample[0] is None
+    assert None not in unscaled.needles.nll_per_sample[1:]
 
 
 # --- small functions
@@ -317,8 +328,8 @@ def test_perplexity_is_the_exponential_of_the_mean_or_none() -> None:
 
 
 def test_a_summary_counts_what_was_answered_right() -> None:
-    scores = [Score("v", "search", s, float(s), 7, s < 1) for s in range(4)]
-    body = summarize(scores)
+    scores = [Score("v", str(s), "search", s, float(s), 7, s < 1) for s in range(4)]
+    body = NeedleSummary.of(scores).to_json()
     assert body == {
         "ppl": math.exp(6 / 28),
         "accuracy": 0.25,
@@ -329,12 +340,11 @@ def test_a_summary_counts_what_was_answered_right() -> None:
 
 
 def test_a_summary_with_a_penalty_has_no_perplexity() -> None:
-    assert (
-        summarize([Score("v", "search", 0, None, 7, False), Score("v", "search", 1, 1.0, 7, True)])[
-            "ppl"
-        ]
-        is None
-    )
+    scores = [
+        Score("v", "a", "search", 0, None, 7, False),
+        Score("v", "b", "search", 1, 1.0, 7, True),
+    ]
+    assert NeedleSummary.of(scores).ppl is None
 
 
 class InterruptedScorers(ToyScorers):
@@ -344,13 +354,13 @@ class InterruptedScorers(ToyScorers):
         super().__init__(width=3, kill_after=7)
         self.error = error
 
-    def wait(self) -> list[Score]:
+    def wait(self) -> list[Done[Unit, UnitScore]]:
         try:
             return super().wait()
         except KilledError:
             raise self.error from None
 
-    def flush(self) -> list[Score]:
+    def flush(self) -> list[Done[Unit, UnitScore]]:
         return [self._complete()]
 
 
@@ -365,10 +375,10 @@ def test_a_search_that_is_ended_early_commits_what_has_come_in(
     with pytest.raises(type(error)):
         toy_run(toy_recipe(), run_dir, scorers).run()
     assert len(scorers.scored) == 8
-    assert set(RunDir(run_dir.url).load_scores()) == set(scorers.scored)
-    status = run_dir.status()
+    assert set(ledger_of(run_dir)) == set(scorers.scored)
+    status = read_status(run_dir)
     assert status is not None
-    assert (status["state"], status["units_done"]) == (state, 8)
+    assert (status.state, status.units_done) == (state, 8)
 
 
 class InterruptedDir(RunDir):
@@ -376,11 +386,13 @@ class InterruptedDir(RunDir):
 
     when = ""
 
-    def append_scores(self, scores: Iterable[Score]) -> None:
-        when, self.when = self.when, ""
+    def write_json(self, name: str, payload: Mapping[str, Any], indent: int | None = 1) -> None:
+        when = self.when if name.startswith("scores/") else ""
+        if when:
+            self.when = ""
         if when == "before":
             raise KeyboardInterrupt
-        super().append_scores(scores)
+        super().write_json(name, payload, indent)
         if when == "after":
             raise KeyboardInterrupt
 
@@ -392,10 +404,10 @@ def test_a_commit_that_is_interrupted_is_made_once(when: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         toy_run(toy_recipe(), run_dir, scorers).run()
     assert len(run_dir.names("scores")) == 1
-    assert set(RunDir(run_dir.url).load_scores()) == set(scorers.scored)
-    status = run_dir.status()
+    assert set(ledger_of(run_dir)) == set(scorers.scored)
+    status = read_status(run_dir)
     assert status is not None
-    assert status["state"] == "interrupted"
+    assert status.state == "interrupted"
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError("nobody reads"), SystemExit(1)])

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longrope2_ray.recipe.sections import SearchSection
 from longrope2_ray.search.evolution import select
-from longrope2_ray.search.racing import Race, hardest_first
+from longrope2_ray.search.racing import Race, RaceRules, hardest_first
 
 Table = dict[str, list[float]]  # id -> NLL of each sample
 INF = math.inf
@@ -44,19 +43,10 @@ class Case:
         return self.dims.get(id, 3)
 
     def race(self) -> Race:
-        section = SearchSection.model_validate(
-            {
-                "target_length": 2,
-                "population_size": 64,
-                "top_k": self.top_k,
-                "niche_size": self.niche_size,
-                "racing": self.racing,
-                "racing_confidence": self.confidence,
-            }
-        )
+        rules = RaceRules(self.racing, self.top_k, self.niche_size, self.confidence)
         incumbents = {id: dict(enumerate(row)) for id, row in self.incumbents.items()}
         dims = {id: self.dim(id) for id in (*self.newcomers, *self.incumbents)}
-        return Race(dims, list(self.newcomers), incumbents, self.num_samples, section)
+        return Race(dims, list(self.newcomers), incumbents, self.num_samples, rules)
 
     def survivors(self, totals: Mapping[str, float]) -> list[tuple[str, float]]:
         """Who is selected, and the exact bits of their totals, from newcomers' totals."""
@@ -424,8 +414,7 @@ def test_without_racing_a_penalized_candidate_is_scored_to_the_end_and_totals_in
 
 
 def test_a_race_without_newcomers_is_over() -> None:
-    section = SearchSection(target_length=2)
-    race = Race({"x": 3}, [], {"x": {0: 1.0}}, 1, section)
+    race = Race({"x": 3}, [], {"x": {0: 1.0}}, 1, RaceRules())
     assert race.finished
     assert race.next_unit() is None
 

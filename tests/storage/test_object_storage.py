@@ -28,21 +28,23 @@ import s3fs
 import tomli_w
 import torch
 from chaos import s3_server
-from tiny_models import WINDOW
+from tiny_models import WINDOW, section
 from tiny_training import LENGTH, recipe_of, training_workers, without_times, write_data
 from tokenizers import Tokenizer, pre_tokenizers
+from toy import ledger_of
 
 from longrope2_ray.cli import main
 from longrope2_ray.data.shards import SegmentReader
 from longrope2_ray.errors import CorruptFileError, RunDirError
 from longrope2_ray.model.fingerprint import model_fingerprint
 from longrope2_ray.model.loading import load_model, load_tokenizer
-from longrope2_ray.model.source import resolve_model_path
-from longrope2_ray.model.spec import read_spec
-from longrope2_ray.search.scores import Score
+from longrope2_ray.model.source import find_model
+from longrope2_ray.model.spec import read_shape
+from longrope2_ray.search.scores import Score, scores_of
 from longrope2_ray.storage.assets import ASSETS
 from longrope2_ray.storage.rundir import RunDir
-from longrope2_ray.training.job import prepare_training, run_training
+from longrope2_ray.training.job import open_training, prepare, run_training
+from longrope2_ray.training.records import training_dir
 from longrope2_ray.workers.connection import ray_session
 
 ROOT = Path(__file__).parents[2]
@@ -101,12 +103,13 @@ def files(url: str) -> list[str]:
 
 
 def score(sample: int) -> Score:
-    return Score("v", "search", sample, 1.5, 7, True, 0.5, "scorer-00", 12.0)
+    return Score("v", f"id-{sample}", "search", sample, 1.5, 7, True, 0.5, "scorer-00", 12.0)
 
 
 def opened(url: str, seed: int = 0) -> RunDir:
     run_dir = RunDir(url)
-    run_dir.open({"search.seed": seed}, {"model": "abc"}, {"search": {"seed": seed}}, {})
+    recipe = {"search": {"seed": seed}}
+    run_dir.open("search", {"search.seed": seed}, {"model": "abc"}, recipe, {}, ["scores"])
     run_dir.take_over()
     return run_dir
 
@@ -116,13 +119,13 @@ def test_a_run_directory_in_a_bucket_is_resumed_compacted_and_refused_to_another
 ) -> None:
     run_dir = opened(f"{bucket}/deep/run")
     for sample in range(3):
-        run_dir.append_scores([score(sample)])
+        scores_of(run_dir).commit([score(sample)])
     again = opened(run_dir.url)
-    ledger = again.load_scores()
-    assert ledger == {score(i).key: score(i) for i in range(3)}
+    ledger = scores_of(again).load()
+    assert dict(ledger) == {score(i).key: score(i) for i in range(3)}
     with pytest.raises(RunDirError, match=r"search\.seed is 0 there and 1 now"):
         opened(run_dir.url, seed=1)
-    again.compact_scores(ledger.values())
+    ledger.compact()
     held = files(run_dir.url)
     assert [name.split("/")[0] for name in held] == [
         "drivers",
@@ -131,14 +134,14 @@ def test_a_run_directory_in_a_bucket_is_resumed_compacted_and_refused_to_another
         "run.json",
         "scores",
     ]
-    assert RunDir(run_dir.url).load_scores() == ledger
+    assert dict(ledger_of(run_dir)) == dict(ledger)
 
 
 @pytest.mark.parametrize("how", ["torn", "a bit flipped"])
 def test_a_spoiled_object_is_skipped_and_the_rest_is_used(bucket: str, how: str) -> None:
     run_dir = opened(f"{bucket}/run")
     for sample in range(3):
-        run_dir.append_scores([score(sample)])
+        scores_of(run_dir).commit([score(sample)])
     victim = run_dir.names("scores")[1]
     whole = (run_dir.path / victim).read_bytes()
     held = json.loads(whole)["rows"][0]["sample"]
@@ -148,9 +151,9 @@ def test_a_spoiled_object_is_skipped_and_the_rest_is_used(bucket: str, how: str)
         f"{run_dir.url}/{victim}", whole[:-30] if how == "torn" else bytes(flipped)
     )
     fresh = RunDir(run_dir.url)
-    rest = fresh.load_scores()
+    rest = scores_of(fresh).load()
     assert {row.sample for row in rest.values()} == {0, 1, 2} - {held}
-    fresh.compact_scores(rest.values())
+    rest.compact()
     assert victim in fresh.names("scores"), "it is left for a person to look at"
 
 
@@ -158,8 +161,8 @@ def test_what_another_process_writes_is_seen_whole_and_at_once(bucket: str) -> N
     """A client that remembers a listing would miss new files and read rewritten ones cut to their old size."""
     ours, theirs = opened(f"{bucket}/run"), another_client()
     for index in range(2):
-        ours.write_generation(index, {"index": index, "candidates": [0.5]})
-    assert len(ours.generations()) == 2
+        ours.write_json(f"generations/{index:04d}.json", {"candidates": [0.5]})
+    assert len(ours.names("generations")) == 2
     longer = RunDir(f"{bucket}/other")
     longer.write_json("longer.json", {"index": 0, "candidates": [1.5] * 1000})
     for index in (1, 2):  # one that was there, one that was not
@@ -169,7 +172,7 @@ def test_what_another_process_writes_is_seen_whole_and_at_once(bucket: str) -> N
         assert len(body["candidates"]) == 1000
     theirs.rm(f"{ours.url}/generations/0000.json")
     assert ours.read_json("generations/0000.json") is None
-    assert len(ours.generations()) == 2
+    assert len(ours.names("generations")) == 2
 
 
 def test_a_bucket_that_does_not_exist_is_told_and_not_made(server: psutil.Process) -> None:
@@ -204,7 +207,7 @@ def test_a_server_that_is_gone_is_told_and_no_file_is_taken_for_torn(
         with pytest.raises(
             ValueError, match=r"expected a readable model at .*, got Could not connect"
         ):
-            resolve_model_path(f"{bucket}/model")
+            find_model(section(f"{bucket}/model"))
         reader._run_dir = away
         with pytest.raises(RunDirError, match="Could not connect") as caught_too:
             reader[0]
@@ -216,20 +219,17 @@ def test_a_server_that_is_gone_is_told_and_no_file_is_taken_for_torn(
 
 def test_a_model_in_a_bucket_is_the_same_model(bucket: str) -> None:
     fsspec.filesystem("s3").put(str(ASSETS / "reference"), f"{bucket}/model", recursive=True)
-    url, here = f"{bucket}/model", "bundled:reference"
-    assert read_spec(url) == read_spec(here)
+    url, here = section(f"{bucket}/model"), section("bundled:reference")
+    assert read_shape(url) == read_shape(here)
     assert model_fingerprint(url) == model_fingerprint(here)
     text = "The pass key is 4711."
     assert load_tokenizer(url)(text)["input_ids"] == load_tokenizer(here)(text)["input_ids"]
-    folder, _ = resolve_model_path(url)
-    assert (
-        load_model(folder, device="cpu").state_dict().keys()
-        == load_model(here, device="cpu").state_dict().keys()
-    )
+    copied = section(find_model(url).location)
+    assert load_model(copied).state_dict().keys() == load_model(here).state_dict().keys()
     with pytest.raises(
         ValueError, match=rf"expected a readable model at '{bucket}/none', got no such file"
     ):
-        resolve_model_path(f"{bucket}/none")
+        find_model(section(f"{bucket}/none"))
 
 
 def test_a_model_without_keys_is_one_clear_message(
@@ -241,7 +241,7 @@ def test_a_model_without_keys_is_one_clear_message(
     with pytest.raises(
         ValueError, match=r"expected a readable model at .*, got Unable to locate credentials"
     ):
-        resolve_model_path(f"{bucket}/model")
+        find_model(section(f"{bucket}/model"))
 
 
 # --- a search, as a user runs it
@@ -297,7 +297,7 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
     assert first.poll() is None, "it ended before it could be killed"
     kill(first)
     assert "winner.json" not in files(url)
-    kept = len(RunDir(url).load_scores())
+    kept = len(ledger_of(RunDir(url)))
     assert kept >= 3
     output = run(*search)
     assert f"resuming {url}" in output
@@ -348,11 +348,13 @@ def train(recipe: Any, url: str) -> tuple[list[dict[str, Any]], Mapping[str, tor
     run_dir = RunDir(url)
     run_dir.create()
     write_data(run_dir)
-    job, train_dir, _ = prepare_training(recipe, run_dir)
+    job = prepare(recipe, run_dir)
+    train_dir = training_dir(recipe, run_dir)
+    open_training(job, train_dir)
     run_training(job, train_dir, lambda row: None)
     rows = [train_dir.read_json(name) for name in train_dir.names("steps")]
     return [without_times(row) for row in rows if row], load_model(
-        f"{url}/train/model", device="cpu"
+        section(f"{url}/train/model")
     ).state_dict()
 
 

@@ -1,18 +1,23 @@
 import errno
-import json
 import logging
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from longrope2_ray.errors import CorruptFileError, FencedError, RunDirError
-from longrope2_ray.search.scores import Score
+from longrope2_ray.search.scores import Score, scores_of
+from longrope2_ray.search.space import Candidate
+from longrope2_ray.search.status import read_status
+from longrope2_ray.search.winner import (
+    GenerationRecord,
+    Survivor,
+    read_generations,
+    read_winner,
+    write_generation,
+)
 from longrope2_ray.storage.rundir import RunDir
 
 RECIPE = {
@@ -21,6 +26,7 @@ RECIPE = {
     "search.tail_bounds": [1.0, 2.0],
     "search.critical_dims": None,
 }
+CANDIDATE = Candidate(3, (2.0, 2.5))
 PRINTS = {"model": "abc", "needles search": "def"}
 NESTED = {"name": "x", "search": {"seed": 0, "critical_dims": None, "tail_bounds": (1.0, 2.0)}}
 
@@ -37,16 +43,21 @@ def begin(
     run_dir: RunDir, recipe: dict[str, Any] = RECIPE, prints: dict[str, str] = PRINTS
 ) -> bool:
     """Open and own it."""
-    found = run_dir.open(recipe, prints, NESTED, {"target_length": 1024})
+    folders = ("scores", "generations")
+    found = run_dir.open("search", recipe, prints, NESTED, {"target_length": 1024}, folders)
     run_dir.take_over()
     return found
 
 
+def commit(run_dir: RunDir, *scores: Score) -> None:
+    scores_of(run_dir).commit(scores)
+
+
 def score(sample: int, vector: str = "v", nll: float | None = 1.5) -> Score:
-    return Score(vector, "search", sample, nll, 7, True, 0.5, "scorer-00", 12.0)
+    return Score(vector, f"id-{sample}", "search", sample, nll, 7, True, 0.5, "scorer-00", 12.0)
 
 
-def segments(run_dir: RunDir) -> list[str]:
+def chunks(run_dir: RunDir) -> list[str]:
     return sorted(p.name for p in (run_dir.path / "scores").iterdir())
 
 
@@ -79,11 +90,15 @@ def test_a_file_url_is_the_same_directory_as_its_path(tmp_path: Path) -> None:
     run_dir = RunDir(f"file://{tmp_path}/run")
     run_dir.create()
     begin(run_dir)
-    run_dir.append_scores([score(0)])
+    commit(run_dir, score(0))
     again = RunDir(str(tmp_path / "run"))
     assert again.local
     assert run_dir.names("scores") == again.names("scores")
-    assert RunDir(f"file://{tmp_path}/run").load_scores() == again.load_scores() != {}
+    assert (
+        dict(scores_of(RunDir(f"file://{tmp_path}/run")).load())
+        == dict(scores_of(again).load())
+        != {}
+    )
 
 
 def test_a_probe_that_another_driver_removes_first_is_no_mistake(
@@ -116,12 +131,9 @@ def test_a_client_that_is_not_installed_is_one_clear_message(
 def test_what_is_not_there_is_none(run_dir: RunDir) -> None:
     assert run_dir.read_json("winner.json") is None
     run_dir.create()
-    assert (run_dir.winner(), run_dir.status(), run_dir.generations(), run_dir.load_scores()) == (
-        None,
-        None,
-        [],
-        {},
-    )
+    assert read_winner(run_dir) is read_status(run_dir) is None
+    assert read_generations(run_dir) == []
+    assert dict(scores_of(run_dir).load()) == {}
 
 
 def test_the_same_content_is_the_same_bytes(run_dir: RunDir) -> None:
@@ -153,8 +165,8 @@ def test_a_spoiled_file_is_named_by_reading_and_skipped_with_one_warning(
     with pytest.raises(CorruptFileError, match=r"winner.json is torn or corrupt"):
         run_dir.read_json("winner.json")
     with caplog.at_level(logging.WARNING, "longrope2"):
-        assert run_dir.winner() is None
-        assert run_dir.winner() is None
+        assert run_dir.read_or_skip("winner.json") is None
+        assert run_dir.read_or_skip("winner.json") is None
     assert [r.getMessage().count("winner.json is torn or corrupt") for r in caplog.records] == [1]
 
 
@@ -162,7 +174,7 @@ def test_a_file_of_another_version_is_refused_not_skipped(run_dir: RunDir) -> No
     run_dir.create()
     run_dir.write_json("winner.json", {"x": 1, "schema_version": 99})
     with pytest.raises(RunDirError, match=r"winner.json was written by another version"):
-        run_dir.winner()
+        run_dir.read_or_skip("winner.json")
 
 
 # --- identity
@@ -230,12 +242,12 @@ def test_a_directory_of_another_run_is_refused_by_field(
 
 def test_a_lost_identity_is_written_again_if_the_files_say_whose_they_are(run_dir: RunDir) -> None:
     begin(run_dir)
-    run_dir.append_scores([score(0)])
-    run_dir.write_generation(0, {"index": 0})
+    commit(run_dir, score(0))
+    write_generation(run_dir, GenerationRecord(0, (), ()))
     spoil(run_dir, "run.json", "torn")
     again = RunDir(run_dir.url)
     assert begin(again) is True
-    assert len(again.load_scores()) == 1
+    assert len(scores_of(again).load()) == 1
     (run_dir.path / "run.json").unlink()
     assert begin(RunDir(run_dir.url)) is True
     assert RunDir(run_dir.url).read_json("run.json") is not None
@@ -247,9 +259,9 @@ def test_a_lost_identity_is_not_made_up_for_the_files_of_another_run(
 ) -> None:
     begin(run_dir)
     if folder == "scores":
-        run_dir.append_scores([score(0)])
+        commit(run_dir, score(0))
     else:
-        run_dir.write_generation(0, {"index": 0})
+        write_generation(run_dir, GenerationRecord(0, (), ()))
     spoil(run_dir, "run.json", "torn")
     before = (run_dir.path / "run.json").read_bytes()
     with pytest.raises(RunDirError, match=rf"holds {folder}/.* of another run"):
@@ -282,7 +294,7 @@ def test_reading_below_a_file_is_no_stack_trace(tmp_path: Path) -> None:
     place.write_text("x")
     run_dir = RunDir(str(place))
     assert run_dir.read_json("run.json") is None
-    assert run_dir.winner() is None
+    assert run_dir.read_or_skip("winner.json") is None
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_message(tmp_path: Path) -> None:
@@ -295,139 +307,25 @@ def test_a_place_that_cannot_be_written_is_one_clear_message(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["winner.json"]
 
 
-# --- ledger
-
-
-def test_committed_rows_come_back_by_key(run_dir: RunDir) -> None:
-    begin(run_dir)
-    run_dir.append_scores([score(0), score(1, nll=None)])
-    run_dir.append_scores([])
-    run_dir.append_scores([score(0, "w", 0.1 + 0.2)])
-    ledger = RunDir(run_dir.url).load_scores()
-    assert ledger == {s.key: s for s in (score(0), score(1, nll=None), score(0, "w", 0.1 + 0.2))}
-    assert len(segments(run_dir)) == 2
-
-
-@settings(deadline=None)
-@given(nlls=st.lists(st.floats(0, 1e300) | st.none(), min_size=1, max_size=20))
-def test_nlls_come_back_bit_by_bit(nlls: list[float | None]) -> None:
-    run_dir = RunDir(f"memory://{uuid.uuid4().hex}/run")
-    run_dir.create()
-    run_dir.append_scores(score(i, nll=nll) for i, nll in enumerate(nlls))
-    assert [s.nll_sum for s in run_dir.load_scores().values()] == nlls
-
-
-def test_a_row_committed_twice_counts_once(run_dir: RunDir) -> None:
-    begin(run_dir)
-    for _ in range(3):
-        run_dir.append_scores([score(0), score(0), score(1)])
-    assert len(run_dir.load_scores()) == 2
-
-
-@pytest.mark.parametrize("how", SPOILED)
-def test_a_spoiled_segment_is_named_and_the_rest_is_used(
-    run_dir: RunDir, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    begin(run_dir)
-    for sample in range(3):
-        run_dir.append_scores([score(sample)])
-    victim = segments(run_dir)[1]
-    held = json.loads((run_dir.path / "scores" / victim).read_bytes())["rows"][0]["sample"]
-    spoil(run_dir, f"scores/{victim}", how)
-    fresh = RunDir(run_dir.url)
-    with caplog.at_level(logging.WARNING, "longrope2"):
-        assert {s.sample for s in fresh.load_scores().values()} == {0, 1, 2} - {held}
-    assert [victim in r.getMessage() for r in caplog.records] == [True]
-
-
-def test_compaction_leaves_one_segment_with_the_same_rows(run_dir: RunDir) -> None:
-    begin(run_dir)
-    for sample in range(4):
-        run_dir.append_scores([score(sample)])
-    ledger = run_dir.load_scores()
-    run_dir.compact_scores(ledger.values())
-    assert len(segments(run_dir)) == 1
-    assert RunDir(run_dir.url).load_scores() == ledger
-    only = segments(run_dir)
-    run_dir.compact_scores(ledger.values())
-    assert segments(run_dir) == only
-
-
-def test_compaction_leaves_a_spoiled_segment_where_it_is(run_dir: RunDir) -> None:
-    begin(run_dir)
-    for sample in range(3):
-        run_dir.append_scores([score(sample)])
-    victim = segments(run_dir)[0]
-    spoil(run_dir, f"scores/{victim}", "torn")
-    fresh = RunDir(run_dir.url)
-    ledger = fresh.load_scores()
-    fresh.compact_scores(ledger.values())
-    assert victim in segments(run_dir)
-    assert len(segments(run_dir)) == 2
-    assert RunDir(run_dir.url).load_scores() == ledger
-
-
-def test_compaction_by_who_has_not_loaded_keeps_a_spoiled_segment_too(run_dir: RunDir) -> None:
-    begin(run_dir)
-    for sample in range(3):
-        run_dir.append_scores([score(sample)])
-    ledger = run_dir.load_scores()
-    victim = segments(run_dir)[0]
-    spoil(run_dir, f"scores/{victim}", "torn")
-    run_dir.compact_scores(ledger.values())
-    assert RunDir(run_dir.url).load_scores() == ledger
-
-
-def test_a_kill_within_compaction_loses_nothing(run_dir: RunDir) -> None:
-    begin(run_dir)
-    for sample in range(3):
-        run_dir.append_scores([score(sample)])
-    ledger = run_dir.load_scores()
-    run_dir.append_scores(ledger.values())  # the new segment is whole, the old ones are still there
-    (run_dir.path / "scores" / f"{uuid.uuid4().hex}.json.1234abcd.tmp").write_bytes(b"half a segm")
-    resumed = RunDir(run_dir.url)
-    assert resumed.load_scores() == ledger
-    resumed.compact_scores(ledger.values())
-    assert RunDir(run_dir.url).load_scores() == ledger
-
-
 # --- generations
 
 
 def test_generations_come_back_oldest_first_and_a_spoiled_one_is_skipped(run_dir: RunDir) -> None:
     begin(run_dir)
     for index in (2, 0, 10, 1):
-        run_dir.write_generation(index, {"index": index, "nll": 1.5})
-    assert [g["index"] for g in run_dir.generations()] == [0, 1, 2, 10]
+        write_generation(run_dir, GenerationRecord(index, (), (Survivor(CANDIDATE, 1.5, 1.5),)))
+    assert [g.index for g in read_generations(run_dir)] == [0, 1, 2, 10]
     spoil(run_dir, "generations/0001.json", "torn")
-    assert [g["index"] for g in RunDir(run_dir.url).generations()] == [0, 2, 10]
-    run_dir.write_generation(1, {"index": 1, "nll": 1.5})
-    assert [g["index"] for g in RunDir(run_dir.url).generations()] == [0, 1, 2, 10]
-
-
-def test_a_newer_driver_fences_the_older_one_off(run_dir: RunDir) -> None:
-    older, newer = RunDir(run_dir.url), RunDir(run_dir.url)
-    begin(older)
-    older.append_scores([score(0)])
-    older.append_scores([score(1)])
-    begin(newer)
-    before = segments(run_dir)
-    for write in (
-        lambda: older.append_scores([score(2)]),
-        lambda: older.compact_scores([score(0), score(1)]),
-    ):
-        with pytest.raises(FencedError, match=rf"process {os.getpid()} on .* has taken over"):
-            write()
-    assert segments(run_dir) == before
-    newer.append_scores([score(2)])
-    assert len(RunDir(run_dir.url).load_scores()) == 3
+    assert [g.index for g in read_generations(RunDir(run_dir.url))] == [0, 2, 10]
+    write_generation(run_dir, GenerationRecord(1, (), (Survivor(CANDIDATE, 1.5, 1.5),)))
+    assert [g.index for g in read_generations(RunDir(run_dir.url))] == [0, 1, 2, 10]
 
 
 def test_a_driver_that_is_fenced_off_closes_no_generation(run_dir: RunDir) -> None:
     begin(run_dir)
     begin(RunDir(run_dir.url))
     with pytest.raises(FencedError):
-        run_dir.write_generation(0, {"index": 0})
+        write_generation(run_dir, GenerationRecord(0, (), ()))
     assert run_dir.names("generations") == []
 
 
@@ -462,7 +360,7 @@ def test_who_only_reads_owns_nothing_and_is_never_fenced_off(run_dir: RunDir) ->
     reader = RunDir(run_dir.url)
     begin(RunDir(run_dir.url))
     reader.require_ownership()
-    assert reader.load_scores() == {}
+    assert dict(scores_of(reader).load()) == {}
 
 
 def test_a_secret_in_the_url_is_refused_and_not_repeated() -> None:
@@ -521,8 +419,8 @@ def test_storage_that_comes_back_costs_nothing_but_time(
 ) -> None:
     run_dir = FlakyRunDir(str(tmp_path), error, failures=2, patience_seconds=60)
     with caplog.at_level(logging.WARNING):
-        run_dir.append_scores([score(0)])
-    assert len(RunDir(str(tmp_path)).load_scores()) == 1
+        commit(run_dir, score(0))
+    assert len(scores_of(RunDir(str(tmp_path))).load()) == 1
     assert [r.message for r in caplog.records if "storage.patience_seconds" in r.message], (
         "nobody was told"
     )
@@ -533,7 +431,7 @@ def test_storage_that_stays_away_ends_in_one_clear_message(tmp_path: Path) -> No
         str(tmp_path), OSError(errno.ENOSPC, "full"), failures=99, patience_seconds=1
     )
     with pytest.raises(RunDirError, match=r"cannot write .*full.*run again to resume"):
-        run_dir.append_scores([score(0)])
+        commit(run_dir, score(0))
     assert run_dir.left < 98, "it did not try again"
 
 
@@ -542,7 +440,7 @@ def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_corrupt_one(tmp_path:
     run_dir.create()
     (tmp_path / "winner.json").mkdir()  # reading it is an error of the storage
     with pytest.raises(RunDirError, match=r"cannot read .*winner\.json") as caught:
-        run_dir.winner()
+        run_dir.read_or_skip("winner.json")
     assert not isinstance(caught.value, CorruptFileError)
 
 
@@ -551,36 +449,4 @@ def test_what_waiting_does_not_mend_is_said_at_once(tmp_path: Path) -> None:
         str(tmp_path), PermissionError("forbidden"), failures=1, patience_seconds=60
     )
     with pytest.raises(RunDirError, match="forbidden"):
-        run_dir.append_scores([score(0)])
-
-
-def test_segments_replaced_while_they_are_read_are_found_in_their_new_place(
-    run_dir: RunDir,
-) -> None:
-    begin(run_dir)
-    run_dir.append_scores([score(0)])
-    run_dir.append_scores([score(1)])
-    rows = list(run_dir.load_scores().values())
-
-    class Reader(RunDir):
-        compacted = False
-
-        def names(self, folder: str) -> list[str]:
-            found = super().names(folder)
-            if not self.compacted:  # right after the listing
-                self.compacted = True
-                run_dir.compact_scores(rows)
-            return found
-
-    assert len(Reader(run_dir.url).load_scores()) == 2
-
-
-def test_compaction_keeps_segments_that_somebody_else_wrote(tmp_path: Path) -> None:
-    ours, theirs = RunDir(str(tmp_path)), RunDir(str(tmp_path))
-    ours.create()
-    rows = [Score("v", "search", sample, 1.0, 8, True) for sample in range(3)]
-    ours.append_scores(rows[:1])
-    ours.append_scores(rows[1:2])
-    theirs.append_scores(rows[2:])
-    ours.compact_scores(rows[:2])
-    assert len(RunDir(str(tmp_path)).load_scores()) == 3
+        commit(run_dir, score(0))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from longrope2_ray.storage.assets import bundled_folders, bundled_name
 from longrope2_ray.tasks.books import load_books, resolve_text_paths
 
 
@@ -37,20 +38,31 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(folder: Path) -> None:
     assert [book.text for book in load_books([str(folder / "book[1].txt")])] == ["bracketed"]
 
 
-@pytest.mark.parametrize("name", ["search", "report"])
+@pytest.mark.parametrize("name", ["search", "report", "pretraining"])
 def test_bundled_texts_are_there_and_long(name: str) -> None:
     paths = resolve_text_paths([f"bundled:{name}"])
     assert len(paths) >= 2
     assert sum(path.stat().st_size for path in paths) > 100_000
 
 
-def test_bundled_texts_for_search_and_report_share_no_book() -> None:
-    search, report = (load_books([f"bundled:{name}"]) for name in ("search", "report"))
-    assert not {book.name for book in search} & {book.name for book in report}
-    assert not {book.text for book in search} & {book.text for book in report}
+def test_bundled_folders_share_no_book() -> None:
+    folders = [load_books([name]) for name in bundled_folders()]
+    books = [book for folder in folders for book in folder]
+    assert len({book.name for book in books}) == len({book.text for book in books}) == len(books)
 
 
-@pytest.mark.parametrize("source", ["nowhere.txt", "nowhere/*.txt", "bundled:nowhere"])
+def test_one_bundled_text_can_be_named() -> None:
+    every = resolve_text_paths(["bundled:pretraining"])
+    assert [bundled_name(path) for path in every] == [
+        "bundled:pretraining/kjv",
+        "bundled:pretraining/sotu_1790_1896",
+    ]
+    assert resolve_text_paths(["bundled:pretraining/kjv"]) == every[:1]
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere.txt", "nowhere/*.txt", "bundled:nowhere", "bundled:search/moby_dick"]
+)
 def test_a_source_that_matches_nothing_is_named(source: str) -> None:
     with pytest.raises(
         ValueError, match=r"^text: expected a text file, .* which matches nothing$"

@@ -1,3 +1,5 @@
+import dataclasses
+import pickle
 import random
 import re
 from typing import Any
@@ -29,8 +31,10 @@ SENTENCES = [
     + NEEDLE.format(key="numerous-kite", value=6716097)
     + QUESTION.format(key="numerous-kite")
     + " 6716097",
-    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, 0123456789",
-    "Fellow citizens of the Senate and of the House of Representatives, the state of the union is 1898 and 42.",
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in "
+    "my purse, 0123456789",
+    "Fellow citizens of the Senate and of the House of Representatives, the state of the union is "
+    "1898 and 42.",
 ]
 LENGTH = 700
 
@@ -316,6 +320,15 @@ def test_one_token_and_one_answer_position_change_the_fingerprint() -> None:
         sample.book,
     )
     assert len({known, needle_fingerprint([touched]), needle_fingerprint([shifted])}) == 3
+    assert len({sample.id, touched.id, shifted.id}) == 3
+
+
+def test_a_samples_id_is_that_of_its_content_alone() -> None:
+    one, two = needle_set(num_samples=2)
+    same = dataclasses.replace(one, depth=0.5, key="another-key", book="another book")
+    assert same.id == one.id != two.id
+    assert re.fullmatch(r"[0-9a-f]{16}", one.id)
+    assert pickle.loads(pickle.dumps(one)).id == one.id
 
 
 def test_text_too_short_for_the_length_is_refused_with_both_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Mixed context window training on tiny models: windows, leaks, loss, parallel splits, checkpoints."""
+"""Mixed context window training on tiny models: windows, leaks, loss, splits, checkpoints."""
 
 import itertools
 import os
@@ -17,8 +17,8 @@ from tiny_models import (
     SHAPE,
     VOCABULARY,
     WINDOW,
+    shape_of,
     some_factors,
-    spec_of,
     tiny_config,
     tiny_model,
 )
@@ -29,7 +29,6 @@ from longrope2_ray.data.packing import Segment
 from longrope2_ray.recipe.training import TrainSection
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.training.attention import (
-    SegmentAttention,
     document_attention,
     flash_varlen_inputs,
 )
@@ -44,7 +43,8 @@ from longrope2_ray.training.batches import (
 )
 from longrope2_ray.training.checkpoints import is_whole, seal
 from longrope2_ray.training.loss import SegmentLoss, require_trainable
-from longrope2_ray.training.step import MixedTrainer, without_noise
+from longrope2_ray.training.sharding import without_noise
+from longrope2_ray.training.step import MixedTrainer
 
 LENGTH = 96
 CUTS = {"short": (0, 30, 61, LENGTH), "long": (0, 70, LENGTH)}
@@ -67,7 +67,7 @@ def settings(**changes) -> TrainSection:
 
 
 def factors_of(model) -> RescaleFactors:
-    return RescaleFactors(some_factors(len(spec_of(model).geometry.angles)), 1.1, None, "test")
+    return some_factors(shape_of(model), 1.1)
 
 
 def make_trainer(family: str = "llama", **changes) -> MixedTrainer:
@@ -75,7 +75,7 @@ def make_trainer(family: str = "llama", **changes) -> MixedTrainer:
 
 
 def trainer_of(model, **changes) -> MixedTrainer:
-    return MixedTrainer(model, spec_of(model), factors_of(model), settings(**changes), num_steps=6)
+    return MixedTrainer(model, shape_of(model), factors_of(model), settings(**changes), num_steps=6)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
+# ----------------------------------------------------------------------------------- pure functions
 
 
 def test_learning_rate_warms_up_to_its_peak_and_falls_to_zero() -> None:
@@ -136,7 +136,7 @@ def test_an_uneven_split_is_refused_by_field() -> None:
             check_parallel(world, heads, settings(**changes))
 
 
-# ----------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def kernels() -> list:
@@ -204,7 +204,7 @@ def test_flash_varlen_gets_the_documents_as_int32_bounds() -> None:
     "family", ["llama", "phi3_partial", "qwen3", "mistral_windowed", "gpt_neox"]
 )
 def test_short_segments_keep_the_models_own_loss_and_do_not_leak(family: str) -> None:
-    """The whole model: a short segment's NLL is the sum over its documents, each alone under the original RoPE."""
+    """A short segment's NLL is the sum over its documents, each alone under the original RoPE."""
     trainer = make_trainer(family)
     one = segment("short")
     own = tiny_model(tiny_config(family))
@@ -225,8 +225,14 @@ def test_long_segments_take_the_rescaled_rope_and_short_ones_only_without_mixing
     trainer = make_trainer("llama", mixed=mixed)
     model = tiny_model(tiny_config("llama"))
     vector = factors_of(model)
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": vector.values.tolist(),
-            "original_max_position_embeddings": WINDOW, "factor": 2.0, "attention_factor": 1.1}  # fmt: skip
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": vector.values.tolist(),
+        "original_max_position_embeddings": WINDOW,
+        "factor": 2.0,
+        "attention_factor": 1.1,
+    }
     extended = tiny_model(tiny_config("llama", rope, max_position_embeddings=LENGTH))
     long = segment("long")
     ids = torch.tensor(long.input_ids)[None]
@@ -258,10 +264,16 @@ def test_families_with_a_loss_of_their_own_are_refused_by_name() -> None:
 
 
 RECURRENT = {
-    "layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-}  # fmt: skip
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +308,7 @@ def test_a_few_tokens_tell_what_can_be_trained(
     assert model.config._attn_implementation == kernel
 
 
-# -------------------------------------------------------------------------------------------------- whole steps
+# -------------------------------------------------------------------------------------- whole steps
 
 
 @pytest.mark.usefixtures("one_process")
@@ -440,11 +452,12 @@ def test_a_forged_checkpoint_is_refused_and_its_code_not_run(
 
 @pytest.mark.usefixtures("one_process")
 def test_metadata_of_other_pythons_is_read_and_other_content_refused(tmp_path: Path) -> None:
-    """3.11.2 pickles enums by getattr, 3.13 paths under another name; no name reaches through a class."""
+    """3.11.2 pickles enums by getattr, 3.13 paths under another name; no name leaves a class."""
     metadata = "torch.distributed.checkpoint.metadata"
     for text, message in (
         (
-            f"cbuiltins\ngetattr\n(c{metadata}\n_MEM_FORMAT_ENCODING\nVTORCH_CONTIGUOUS_FORMAT\ntR.",
+            f"cbuiltins\ngetattr\n(c{metadata}\n_MEM_FORMAT_ENCODING\n"
+            "VTORCH_CONTIGUOUS_FORMAT\ntR.",
             "_MEM_FORMAT_ENCODING",
         ),
         ("cpathlib._local\nPosixPath\n(V/\nVtmp\ntR.", "NoneType"),
@@ -457,10 +470,3 @@ def test_metadata_of_other_pythons_is_read_and_other_content_refused(tmp_path: P
         (tmp_path / ".metadata").write_text(text)
         with pytest.raises(ValueError, match=rf"\.metadata is no checkpoint .*{message}"):
             make_trainer().load(str(tmp_path))
-
-
-def test_a_segments_attention_refuses_a_mask() -> None:
-    attention = SegmentAttention(tiny_model(tiny_config("llama")), "sdpa", None)
-    tensor = torch.zeros(1, 4, 8, 16)
-    with pytest.raises(ValueError, match=r"model\.path"):
-        attention._attend(torch.nn.Linear(1, 1), tensor, tensor, tensor, torch.zeros(1))

@@ -1,4 +1,4 @@
-"""Training as a user runs it, on a real Ray with gloo workers: kills, resumes, refusals, what it leaves behind."""
+"""Training as a user runs it, on a real Ray with gloo workers: kills, resumes, refusals."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ import tomli_w
 import torch
 import transformers
 from fsspec.implementations.local import LocalFileSystem
-from tiny_models import save_tiny
+from tiny_models import save_tiny, section
 from tiny_training import (
     LENGTH,
     prepared_dir,
@@ -35,11 +35,19 @@ from tiny_training import (
 from longrope2_ray.cli import main
 from longrope2_ray.errors import FencedError, RunDirError, StoppedError
 from longrope2_ray.model.loading import load_model
-from longrope2_ray.model.spec import read_spec
+from longrope2_ray.model.spec import read_shape
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.storage.rundir import RunDir
-from longrope2_ray.training.checkpoints import Snapshots, is_whole, seal
-from longrope2_ray.training.job import find_factors, prepare_training, run_training
+from longrope2_ray.training.checkpoints import CheckpointStore, is_whole, seal
+from longrope2_ray.training.factors import find_factors
+from longrope2_ray.training.job import open_training, prepare, run_training, train
+from longrope2_ray.training.records import (
+    LoggedStep,
+    TrainingJob,
+    read_result,
+    stop_message,
+    training_dir,
+)
 from longrope2_ray.workers.connection import ray_session
 
 ROOT = Path(__file__).parents[2]
@@ -52,15 +60,22 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def train(
-    recipe: Recipe, folder: Path, observe: Any = None
-) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
-    """Run to the end; logged steps as their files tell them, and the model's weights."""
+def opened(recipe: Recipe, folder: Path) -> tuple[TrainingJob, RunDir, bool]:
+    """The prepared training, its folder, and whether it was there."""
     run_dir = RunDir(str(folder))
-    job, train_dir, _ = prepare_training(recipe, run_dir)
-    run_training(job, train_dir, observe or (lambda row: None))
+    job = prepare(recipe, run_dir)
+    train_dir = training_dir(recipe, run_dir)
+    return job, train_dir, open_training(job, train_dir)
+
+
+def trained(
+    recipe: Recipe, folder: Path, observe: Callable[[LoggedStep], None] | None = None
+) -> tuple[list[Mapping[str, Any]], dict[str, torch.Tensor]]:
+    """Train to the end; the steps as their files tell them, and the model's weights."""
+    done = train(recipe, str(folder), observe)
+    train_dir = training_dir(recipe, RunDir(str(folder)))
     rows = [train_dir.read_json(name) for name in train_dir.names("steps")]
-    weights = load_model(str(folder / recipe.train.name / "model"), device="cpu").state_dict()
+    weights = load_model(section(done.model)).state_dict()
     return rows, {name: tensor.clone() for name, tensor in weights.items()}
 
 
@@ -69,12 +84,12 @@ def train(
 def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
     tmp_path: Path, model_dir: str
 ) -> None:
-    """First the command is killed with -9, then, in the same command again, a worker: each between two checkpoints.
+    """First the command is killed with -9, then a worker of the next: each between two checkpoints.
 
     A bit of the newest checkpoint flips in the meantime, and Ray's own notes are torn.
     """
     recipe = recipe_of(model_dir, max_steps=30, checkpoint_steps=4)
-    rows, weights = train(recipe, prepared_dir(tmp_path / "whole"))
+    rows, weights = trained(recipe, prepared_dir(tmp_path / "whole"))
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
@@ -103,7 +118,7 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     assert not (folder / "train" / "result.json").exists()
     assert orphans
     assert not psutil.wait_procs(orphans, timeout=60)[1], "they go with their Ray"
-    newest, older, *_ = Snapshots(str(folder / "train"), 0.0).found()
+    newest, older, *_ = CheckpointStore(str(folder / "train"), 0.0).found()
     flip_a_bit(max(Path(newest).glob("*.distcp"), key=lambda path: path.stat().st_size))
     (Path(newest).parent / "checkpoint_manager_snapshot.json").write_text("{")
     steps = [
@@ -124,7 +139,7 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
 
     assassin = threading.Thread(target=kill_a_worker, daemon=True)
     assassin.start()
-    again, same = train(recipe, folder)
+    again, same = trained(recipe, folder)
     assassin.join(timeout=10)
     assert killed
     for step in steps:
@@ -137,19 +152,19 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
 
     place = str(tmp_path / "whole" / "train" / "model")
     assert (
-        read_spec(place).geometry == read_spec(model_dir).geometry
+        read_shape(section(place)).geometry == read_shape(section(model_dir)).geometry
     )  # as the base model, both windows pinned from there
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
     rope = theirs.config.rope_parameters
-    yarn = find_factors(recipe, read_spec(model_dir), RunDir(str(tmp_path)))
+    yarn = find_factors(recipe, read_shape(section(model_dir)), RunDir(str(tmp_path)))
     assert rope["rope_type"] == "longrope"
     assert rope["long_factor"] == yarn.values.tolist()
     assert set(rope["short_factor"]) == {1.0}
     assert theirs.config.max_position_embeddings == LENGTH
     ids = torch.arange(3, 43)[None]
-    base = load_model(place, device="cpu")
+    base = load_model(section(place))
     assert torch.allclose(theirs(ids).logits, base(ids).logits, atol=1e-5)
-    untrained = load_model(model_dir, device="cpu")
+    untrained = load_model(section(model_dir))
     assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
 
 
@@ -163,34 +178,36 @@ def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("cluster")
-def test_a_finished_or_foreign_training_is_recognised(tmp_path: Path, model_dir: str) -> None:
+def test_a_finished_or_foreign_training_is_recognized(tmp_path: Path, model_dir: str) -> None:
     folder = prepared_dir(tmp_path)
     recipe = recipe_of(model_dir, max_steps=2)
-    train(recipe, folder)
-    job, train_dir, resumed = prepare_training(recipe, RunDir(str(folder)))
+    trained(recipe, folder)
+    job, train_dir, resumed = opened(recipe, folder)
     assert resumed
-    assert train_dir.read_json("result.json")["step"] == 2
-    assert json.dumps(job.factors.values.tolist())
-    for changes, what in (({"learning_rate": 2e-3}, r"train\.learning_rate is 0\.001 there and 0\.002 now"),
-                          ({"factors": "ntk"}, r"train\.factors|fingerprint of factors")):  # fmt: skip
+    result = read_result(train_dir)
+    assert result.step == 2
+    assert result.factors.values.tolist() == job.factors.values.tolist()
+    written = train_dir.read_json("result.json")
+    assert written == json.loads(json.dumps(result.to_json()))
+    assert train(recipe, str(folder)).result.loss == result.loss
+    for changes, what in (
+        ({"learning_rate": 2e-3}, r"train\.learning_rate is 0\.001 there and 0\.002 now"),
+        ({"factors": "ntk"}, r"train\.factors|fingerprint of factors"),
+    ):
         with pytest.raises(RunDirError, match=what):
-            prepare_training(recipe_of(model_dir, max_steps=2, **changes), RunDir(str(folder)))
+            opened(recipe_of(model_dir, max_steps=2, **changes), folder)
     (folder / "train" / "run.json").write_text(
         "{"
     )  # torn: nothing says what the checkpoints are of
     with pytest.raises(RunDirError, match=r"holds steps/.* no readable run\.json"):
-        prepare_training(recipe, RunDir(str(folder)))
-    _, _, resumed = prepare_training(
-        recipe_of(model_dir, name="other", factors="ntk"), RunDir(str(folder))
-    )
-    assert not resumed
+        opened(recipe, folder)
+    other = recipe_of(model_dir, name="other", factors="ntk")
+    assert not opened(other, folder)[2]
 
 
 def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> None:
-    model, folder = (
-        save_tiny("mistral_windowed", tmp_path / "model"),
-        RunDir(str(prepared_dir(tmp_path / "run"))),
-    )
+    model = save_tiny("mistral_windowed", tmp_path / "model")
+    folder = prepared_dir(tmp_path / "run")
 
     def under(window: int) -> Recipe:
         recipe = recipe_of(model)
@@ -198,10 +215,10 @@ def test_a_training_under_another_sliding_window_is_another(tmp_path: Path) -> N
             update={"model": recipe.model.model_copy(update={"sliding_window": window})}
         )
 
-    assert not prepare_training(under(LENGTH), folder)[2]
-    assert prepare_training(under(LENGTH), folder)[2]
+    assert not opened(under(LENGTH), folder)[2]
+    assert opened(under(LENGTH), folder)[2]
     with pytest.raises(RunDirError, match=r"model\.sliding_window is 96 there and 97 now"):
-        prepare_training(under(LENGTH + 1), folder)
+        opened(under(LENGTH + 1), folder)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +247,14 @@ def test_mistakes_are_named_before_anything_is_loaded(
     if data:
         write_data(run_dir)
     if train.get("factors") == "start.json":
-        vector = {"factors": [1.0] * read_spec(model_dir).geometry.num_cosines, "start_tokens": 8}
+        vector = {
+            "factors": [1.0] * read_shape(section(model_dir)).geometry.num_cosines,
+            "start_tokens": 8,
+        }
         train["factors"] = str(tmp_path / "start.json")
         Path(train["factors"]).write_text(json.dumps(vector))
     with pytest.raises(ValueError, match=message):
-        prepare_training(recipe_of(model_dir, **train), run_dir)
+        prepare(recipe_of(model_dir, **train), run_dir)
     assert not (tmp_path / "train" / "run.json").exists()
 
 
@@ -245,14 +265,15 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(
 ) -> None:
     """A worker's error does not start it over and over, and the next command may go on."""
     wild = recipe_of(model_dir, learning_rate=1e30, warmup_steps=0)
-    job, train_dir, _ = prepare_training(wild, RunDir(str(prepared_dir(tmp_path))))
+    job, train_dir, _ = opened(wild, prepared_dir(tmp_path))
     with pytest.raises(StoppedError, match=r"the loss of step \d is .* lower train\.learning_rate"):
-        run_training(job, train_dir, lambda row: None)
-    stopped = train_dir.read_json("stop.json")
-    assert stopped["attempt"] == job.attempt
-    again, train_dir, resumed = prepare_training(wild, RunDir(str(tmp_path)))
+        run_training(job, train_dir, lambda step: None)
+    assert train_dir.read_json("stop.json")["claim"] == train_dir.claim
+    assert stop_message(train_dir)
+    _, train_dir, resumed = opened(wild, tmp_path)
     assert resumed
-    assert again.attempt != job.attempt
+    train_dir.take_over()
+    assert stop_message(train_dir) is None
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
@@ -260,12 +281,11 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(
 def test_a_newer_command_on_the_same_training_fences_the_older_one_off(
     tmp_path: Path, model_dir: str
 ) -> None:
-    job, train_dir, _ = prepare_training(
-        recipe_of(model_dir, max_steps=400), RunDir(str(prepared_dir(tmp_path)))
-    )
+    recipe = recipe_of(model_dir, max_steps=400)
+    job, train_dir, _ = opened(recipe, prepared_dir(tmp_path))
     newer = RunDir(train_dir.url)
 
-    def take_over(row: Mapping[str, Any]) -> None:
+    def take_over(step: LoggedStep) -> None:
         if newer.claim is None:
             newer.take_over()
 
@@ -295,9 +315,13 @@ def make_checkpoint(place: Path, step: int, world: int = 2) -> Path:
     return place
 
 
+def no_download(path: str, filesystem: object) -> Any:
+    raise AssertionError("a local checkpoint is read in place")
+
+
 def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path) -> None:
     place = tmp_path / "checkpoints"
-    assert Snapshots(str(tmp_path), 0.0).found() == []
+    assert CheckpointStore(str(tmp_path), 0.0).found() == []
     old = make_checkpoint(place / "000001-a" / "checkpoint_2", 8)
     new = make_checkpoint(
         place / "000002-b" / "checkpoint_1", 12
@@ -307,13 +331,13 @@ def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path
     (unfinished / "whole-00001-of-00002.json").unlink()
     torn = make_checkpoint(place / "000003-c" / "checkpoint_4", 20)
     (torn / "whole-00000-of-00002.json").write_text('{"step": ')
-    snapshots = Snapshots(str(tmp_path), 0.0)
-    assert snapshots.found() == [str(new), str(old), str(oldest)]
-    snapshots.prune()
-    assert snapshots.found() == [str(new), str(old)]
+    store = CheckpointStore(str(tmp_path), 0.0)
+    assert store.found() == [str(new), str(old), str(oldest)]
+    store.prune()
+    assert store.found() == [str(new), str(old)]
     assert not (place / "000003-c").exists()
     assert not oldest.exists()
-    with snapshots.opened(str(new)) as folder:
+    with store.opened(str(new), no_download) as folder:
         assert all(is_whole(folder, rank, 3) for rank in range(3))
     for damage in (flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
         damaged = make_checkpoint(place / "000004-d" / f"checkpoint_{damage.__name__}", 24)
@@ -322,7 +346,10 @@ def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path
 
 
 class FullDisk:
-    """This machine's files, while there is no file ``full`` in ``folder``; each refusal leaves a file ``refused-...`` there."""
+    """This machine's files; a file ``full`` in ``folder`` makes writing fail.
+
+    Each refusal leaves a file ``refused-...`` in ``folder``.
+    """
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -352,7 +379,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Path) -> None:
-    files = pickle.loads(pickle.dumps(Snapshots(str(tmp_path), 2.0).filesystem.handler.fs))
+    files = pickle.loads(pickle.dumps(CheckpointStore(str(tmp_path), 2.0).filesystem.handler.fs))
     place, run = tmp_path / "run" / "a", tmp_path / "run"
     files.mkdir(str(run))
     with pytest.raises(FileExistsError):
@@ -386,7 +413,7 @@ def test_a_training_waits_for_room_for_its_checkpoints(
     recipe = recipe_of(model_dir, max_steps=12, checkpoint_steps=2, num_workers=2)
     refused: list[int] = []
 
-    def fill(row: Mapping[str, Any]) -> None:
+    def fill(step: LoggedStep) -> None:
         if not refused:
             (disk / "full").touch()
             while (
@@ -396,9 +423,9 @@ def test_a_training_waits_for_room_for_its_checkpoints(
                 time.sleep(0.1)
             (disk / "full").unlink()
 
-    rows, weights = train(recipe, prepared_dir(tmp_path / "waiting"), fill)
+    rows, weights = trained(recipe, prepared_dir(tmp_path / "waiting"), fill)
     assert len(refused) >= 4
-    again, same = train(recipe, prepared_dir(tmp_path / "undisturbed"))
+    again, same = trained(recipe, prepared_dir(tmp_path / "undisturbed"))
     assert [without_times(row) for row in again] == [without_times(row) for row in rows]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -419,12 +446,12 @@ def test_the_command_says_what_is_missing_in_one_line(
 def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(
     tmp_path: Path, model_dir: str
 ) -> None:
-    for changes, message in (({"num_workers": 64}, r"train\.num_workers"),
-                             ({"num_workers": 2, "global_batch_size": 3}, r"train\.global_batch_size")):  # fmt: skip
+    for changes, message in (
+        ({"num_workers": 64}, r"train\.num_workers"),
+        ({"num_workers": 2, "global_batch_size": 3}, r"train\.global_batch_size"),
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        job, train_dir, _ = prepare_training(
-            recipe_of(model_dir, **changes), RunDir(str(prepared_dir(folder)))
-        )
+        job, train_dir, _ = opened(recipe_of(model_dir, **changes), prepared_dir(folder))
         with pytest.raises(ValueError, match=message):
             run_training(job, train_dir, print)
     assert ray.is_initialized()

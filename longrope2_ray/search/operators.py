@@ -1,4 +1,9 @@
-"""Operators that make a candidate's tail from one or two others."""
+"""Operators that make a candidate's tail from one or two others.
+
+A mutation takes (T,) factors to (T,) factors, non-decreasing, inside ``[low, high]``. The paper
+says only "with probability p, inside the space, non-decreasing" (Alg. 2, line 5); ``jobs/LOG.md``
+compares these readings.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,13 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_TRIES = (
-    200  # for a child that nobody saw before; a search space that gives none has been exhausted
-)
+MAX_PASSES = 200  # of the authors' mutation until the tail rises
+AUTHORS_GRID = 0.01
 
 
 @dataclass(frozen=True)
 class MutationContext:
+    """What a mutation works with.
+
+    Attributes:
+        low: lowest factor of the tail, and ``high`` the highest.
+        probability: that an entry mutates, p of Alg. 2.
+        step: standard deviation of Gaussian steps, in widths of the bounds.
+        rng: the generation's random stream.
+    """
+
     low: float
     high: float
     probability: float
@@ -26,7 +39,7 @@ class MutationContext:
 
 
 def mutate_push(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """Draw each chosen entry anew from the whole interval; it pushes neighbours that stand in the way along."""
+    """Draw each chosen entry anew from the whole interval, and push neighbors in its way along."""
     tail = tail.copy()
     for i in at.chosen(len(tail)):
         value = at.rng.uniform(at.low, at.high)
@@ -44,7 +57,7 @@ def mutate_sort(tail: np.ndarray, at: MutationContext) -> np.ndarray:
 
 
 def mutate_local(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """Move each chosen entry by a Gaussian step, pushing neighbours along; steps shrink and grow at random."""
+    """Move each chosen entry by a Gaussian step of random size, pushing neighbors along."""
     tail = tail.copy()
     scale = at.step * (at.high - at.low) * 10 ** at.rng.uniform(-1.5, 0)
     for i in at.chosen(len(tail)):
@@ -56,9 +69,10 @@ def mutate_local(tail: np.ndarray, at: MutationContext) -> np.ndarray:
 
 
 def mutate_block(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """From each chosen entry on, or up to it, move the whole block by one Gaussian step, as far as its neighbour.
+    """Move the entries from each chosen one on, or up to it, by one Gaussian step.
 
-    Factors of neighbouring dimensions act alike, so blocks reach a good slope in far fewer steps than single entries.
+    They move as far as their neighbor allows. Factors of neighboring dimensions act alike, so
+    blocks reach a good slope in far fewer steps than single entries.
     """
     tail = tail.copy()
     for i in at.chosen(len(tail)):
@@ -72,8 +86,8 @@ def mutate_block(tail: np.ndarray, at: MutationContext) -> np.ndarray:
     return tail
 
 
-def mutate_neighbours(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """The literal reading: draw each chosen entry between its neighbours, from left to right."""
+def mutate_neighbors(tail: np.ndarray, at: MutationContext) -> np.ndarray:
+    """Draw each chosen entry between its neighbors, from left to right: the literal reading."""
     tail = tail.copy()
     for i in sorted(at.chosen(len(tail))):
         low = tail[i - 1] if i > 0 else at.low
@@ -83,9 +97,12 @@ def mutate_neighbours(tail: np.ndarray, at: MutationContext) -> np.ndarray:
 
 
 def mutate_authors(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """What the authors' tool does: passes of the literal reading on a 0.01 grid until the tail strictly rises."""
-    grid = 0.01
-    for _ in range(MAX_TRIES):
+    """Mutate as the authors' tool does.
+
+    It makes passes of the literal reading on a 0.01 grid until the tail strictly rises.
+    """
+    grid = AUTHORS_GRID
+    for _ in range(MAX_PASSES):
         tail = tail.copy()
         for i in range(len(tail)):
             if at.rng.random() >= at.probability:
@@ -105,21 +122,21 @@ MUTATIONS: dict[str, Callable[[np.ndarray, MutationContext], np.ndarray]] = {
     "sort": mutate_sort,
     "local": mutate_local,
     "block": mutate_block,
-    "neighbours": mutate_neighbours,
+    "neighbors": mutate_neighbors,
     "authors": mutate_authors,
 }
 
 
 def shift_tail(tail: np.ndarray, dim: int, moved: int, low: float, high: float) -> np.ndarray:
-    """[ours] The tail from critical dimension ``moved`` on instead of ``dim``, under the same NTK head if bounds allow.
+    """[ours] Return the tail from critical dimension ``moved`` on instead of ``dim``.
 
-    The head follows from the tail's first entry alone, and a model feels it more than any entry beyond.
+    The NTK head stays, if the bounds allow: it follows from the tail's first entry alone, and a
+    model feels it more than any entry beyond.
     """
     if moved == dim:
         return tail
-    head = float(
-        np.clip(tail[0] ** (moved / dim), low, high)
-    )  # where the present head is, or would be, at ``moved``
+    # Where the present head is, or would be, at ``moved``.
+    head = float(np.clip(tail[0] ** (moved / dim), low, high))
     kept = tail[max(moved - dim, 0) :]
     shifted = np.concatenate([np.full(max(dim - moved, 0), head), np.maximum(kept, head)])
     shifted[0] = head
@@ -127,16 +144,18 @@ def shift_tail(tail: np.ndarray, dim: int, moved: int, low: float, high: float) 
 
 
 def cross_blend(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random point between two tails; non-decreasing, since both are."""
+    """Return a random point between two tails; it is non-decreasing, since both are."""
     weight = rng.uniform()
     mixed = weight * tail + (1 - weight) * other
-    return np.clip(
-        mixed, np.minimum(tail, other), np.maximum(tail, other)
-    )  # a sum of shares may round out
+    # A sum of shares may round out of the interval.
+    return np.clip(mixed, np.minimum(tail, other), np.maximum(tail, other))
 
 
 def cross_authors(tail: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the authors' tool does: entries of the other parent taken one by one, the first rising mix that differs."""
+    """Cross as the authors' tool does.
+
+    It takes entries of the other parent one by one and returns the first rising mix that differs.
+    """
     for _ in range(20):
         mixed = tail.copy()
         for i in range(len(tail)):

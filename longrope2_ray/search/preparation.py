@@ -1,0 +1,148 @@
+"""Everything about a search that can be checked before Ray and before the model's weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longrope2_ray.recipe.identity import identity
+from longrope2_ray.recipe.model import ModelShape
+from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.recipe.sections import NeedleSection
+from longrope2_ray.rope.baselines import require_methods
+from longrope2_ray.search.comparison import comparisons
+from longrope2_ray.search.evolution import Evolution
+from longrope2_ray.search.scores import SEARCH_SET, NeedleSet, report_set
+from longrope2_ray.search.space import SearchSpace
+from longrope2_ray.search.winner import Winner, read_winner
+from longrope2_ray.storage.rundir import GENERATIONS_FOLDER, SCORES_FOLDER, RunDir
+from longrope2_ray.tasks.books import Book, load_books
+from longrope2_ray.tasks.needle import NeedleSample, build_needle_set, needle_fingerprint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a search needs beside Ray and the model's weights.
+
+    Attributes:
+        shape: of the model.
+        samples: needle set -> its samples.
+        fingerprints: of the model and the needle sets.
+    """
+
+    recipe: Recipe
+    shape: ModelShape
+    samples: Mapping[str, Sequence[NeedleSample]]
+    fingerprints: Mapping[str, str]
+
+    @property
+    def needle_sets(self) -> dict[str, NeedleSet]:
+        """What the search knows about each needle set."""
+        return {
+            name: NeedleSet(
+                name,
+                tuple(sample.id for sample in samples),
+                tuple(sample.answer_span[1] - sample.answer_span[0] for sample in samples),
+            )
+            for name, samples in self.samples.items()
+        }
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Check model configuration, search space, texts and tokenizer, and build the needle sets.
+
+    Raises:
+        ValueError: with one clear message, before anything expensive.
+    """
+    from longrope2_ray.model.fingerprint import model_fingerprint
+    from longrope2_ray.model.loading import load_tokenizer, require_loadable
+    from longrope2_ray.model.spec import require_window_reaches
+
+    require_methods(recipe.report.methods)
+    books = {
+        name: load_books(getattr(recipe, name).text, f"{name}.text")
+        for name in ("needles", "report")
+    }
+    require_held_out(books["needles"], books["report"])
+    model, target = recipe.model, recipe.search.target_length
+    shape = require_loadable(model)
+    require_window_reaches(shape, model.path, target)
+    Evolution(SearchSpace.from_recipe(shape.geometry, recipe.search), recipe.search)
+    tokenizer: Any = load_tokenizer(model)
+
+    def build(name: str, section: NeedleSection, length: int) -> list[NeedleSample]:
+        return build_needle_set(
+            tokenizer,
+            books[name],
+            length=length,
+            num_samples=section.num_samples,
+            seed=section.seed,
+            depth=section.depth,
+            section=name,
+        )
+
+    samples = {SEARCH_SET: build("needles", recipe.needles, target)}
+    for length in recipe.report.lengths or [target]:
+        samples[report_set(length)] = build("report", recipe.report, length)
+    prints = {f"needles {name}": needle_fingerprint(built) for name, built in samples.items()}
+    prints = {"model": model_fingerprint(model), **prints}
+    return Prepared(recipe, shape, samples, prints)
+
+
+def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None:
+    """Refuse a text that is both searched on and reported on.
+
+    Raises:
+        ValueError: if so; the message names it.
+    """
+    texts = {book.text for book in searched}
+    shared = [book.name for book in reported if book.text in texts]
+    if shared:
+        raise ValueError(
+            f"report.text: expected texts that needles.text does not have, so that what is "
+            f"reported is held out, got {', '.join(shared[:3])} in both; split the texts between "
+            f"them"
+        )
+
+
+def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
+    """Begin or resume the search in ``run_dir``; True if it was there.
+
+    Raises:
+        RunDirError: if another run lives there.
+    """
+    recipe, geometry = prepared.recipe, prepared.shape.geometry
+    searched = ("model", f"needles {SEARCH_SET}")
+    resumed = run_dir.open(
+        kind="search",
+        identity=identity(recipe, "search"),
+        fingerprints={name: prepared.fingerprints[name] for name in searched},
+        recipe=recipe.model_dump(mode="json"),
+        facts={
+            "geometry": {
+                "head_dim": geometry.head_dim,
+                "rotary_dim": geometry.rotary_dim,
+                "rope_base": geometry.base,
+                "original_length": geometry.original_length,
+            },
+            "target_length": recipe.search.target_length,
+            "num_samples": recipe.needles.num_samples,
+        },
+        folders=(SCORES_FOLDER, GENERATIONS_FOLDER),
+    )
+    # From here on something could be lost.
+    run_dir.patience_seconds = recipe.storage.patience_seconds
+    return resumed
+
+
+def finished_winner(prepared: Prepared, run_dir: RunDir) -> Winner | None:
+    """Return the winner that is there, if its tables are those of the recipe.
+
+    A report that asks for other tables makes no other search: run again, it costs its own units.
+    """
+    winner = read_winner(run_dir)
+    if winner is None or dict(winner.fingerprints) != dict(prepared.fingerprints):
+        return None
+    rows = comparisons(prepared.recipe, prepared.shape.geometry, winner.candidate, None)
+    wanted = [(row.length, row.method, row.compared_at) for row in rows]
+    found = [(row.length, row.method, row.compared_at) for row in winner.report]
+    return winner if found == wanted else None
