@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "jobs" / "reference_model"))
 
-from check_reference import DEPTHS, Check
+from check import DEPTHS, Check
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Train the reference model: a small Llama that retrieves needles inside its window.
 
-    python jobs/pretrain.py --out longrope2_ray/assets/reference
+    python jobs/reference_model/pretrain.py --out longrope2_ray/assets/reference
 
 Its tokenizer is trained too. The data are the bundled pre-training texts, in the public domain,
 mixed with retrieval documents in the needle format. 2 CPU cores are enough; the model card says how

@@ -1,6 +1,6 @@
 """Print what the reference model can do, on held-out text and keys that training never saw.
 
-python jobs/check_reference.py [--model bundled:reference] [--samples 40]
+python jobs/reference_model/check.py [--model bundled:reference] [--samples 40]
 """
 
 import argparse
