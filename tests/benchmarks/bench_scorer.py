@@ -1,10 +1,11 @@
-"""Peak memory and time of one score: the scorer against transformers' plain forward, on the same model and tokens.
+"""Peak memory and time of one score: the scorer against transformers' plain forward.
 
-    python tests/benchmarks/bench_scorer.py                         # SmolLM2-135M at 8,192 tokens
-    python tests/benchmarks/bench_scorer.py --model DIR --length 65536 --dtype bfloat16 --device cuda
+    python tests/benchmarks/bench_scorer.py             # SmolLM2-135M at 8,192 tokens
+    python tests/benchmarks/bench_scorer.py --model DIR --length 65536 --device cuda
 
-Each variant runs in a process of its own. Peak memory is what a score adds to the loaded model: on a CPU the rise of
-the resident set, sampled every 2 ms; on a GPU torch's own peak. The times are medians; the first run only warms up.
+Both score the same tokens with the same model, each variant in a process of its own. Peak memory is
+what a score adds to the loaded model: on a CPU the rise of the resident set, sampled every 2 ms; on
+a GPU torch's own peak. The times are medians; the first run only warms up.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def resident_bytes() -> int:
 
 @contextmanager
 def peak_memory(on_gpu: bool) -> Iterator[Callable[[], float]]:
-    """Gives a function that says, after the block, how many MiB the block added at its peak."""
+    """Yield a function that returns, after the block, the MiB that it added at its peak."""
     import torch
 
     gc.collect()
@@ -79,7 +80,7 @@ def peak_memory(on_gpu: bool) -> Iterator[Callable[[], float]]:
 
 
 def run_variant(options: argparse.Namespace) -> dict[str, object]:
-    """One variant in this process: seconds of each run, peak MiB of the highest, and the mean NLL it found."""
+    """Run one variant in this process; return the seconds of each run, peak MiB and mean NLL."""
     import numpy as np
     import torch
 
@@ -146,17 +147,21 @@ def main() -> None:
         results[variant] = json.loads(child.stdout.splitlines()[-1])
     plain = results["plain"]
     plain_seconds = statistics.median(plain["seconds"])
-    print(f"{options.model}, {options.length} tokens, {options.dtype}, {options.attention}, {options.device}, "
-          f"{options.threads} threads, median of {options.repeats}")  # fmt: skip
     print(
-        f"{'variant':40} {'seconds':>9} {'of plain':>9} {'peak MiB':>10} {'of plain':>9} {'NLL':>10}"
+        f"{options.model}, {options.length} tokens, {options.dtype}, {options.attention}, "
+        f"{options.device}, {options.threads} threads, median of {options.repeats}"
+    )
+    print(
+        f"{'variant':40} {'seconds':>9} {'of plain':>9} {'peak MiB':>10} "
+        f"{'of plain':>9} {'NLL':>10}"
     )
     for variant, title in VARIANTS.items():
         result = results[variant]
         seconds = statistics.median(result["seconds"])
+        peak = result["peak_mib"]
         print(
-            f"{title:40} {seconds:9.2f} {seconds / plain_seconds:9.2f} {result['peak_mib']:10.0f} "
-            f"{result['peak_mib'] / max(plain['peak_mib'], 1e-9):9.2f} {result['loss']:10.5f}"
+            f"{title:40} {seconds:9.2f} {seconds / plain_seconds:9.2f} {peak:10.0f} "
+            f"{peak / max(plain['peak_mib'], 1e-9):9.2f} {result['loss']:10.5f}"
         )
 
 

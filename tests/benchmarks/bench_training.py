@@ -1,11 +1,12 @@
-"""Tokens per second and peak memory of one training step: ours against a plain transformers loop, on the same tokens.
+"""Tokens a second and peak memory of one training step: ours against a plain transformers loop.
 
-    python tests/benchmarks/bench_training.py                       # the reference model at 8,192 tokens
-    python tests/benchmarks/bench_training.py --model DIR --length 131072 --dtype bfloat16 --device cuda
+    python tests/benchmarks/bench_training.py             # the reference model at 8,192 tokens
+    python tests/benchmarks/bench_training.py --model DIR --length 131072 --device cuda
 
-Plain is what one would write: full logits, and for the documents of a short segment a (T, T) mask with eager attention. Each
-variant runs in a process of its own, forward, backward and AdamW; the first step only warms up, times are medians. Peak
-memory is what the steps add to the loaded model and its optimizer's state after the first one.
+Both train on the same tokens. The plain loop is what one would write: full logits, and for the
+documents of a short segment a (T, T) mask with eager attention. Each variant runs in a process of
+its own, forward, backward and AdamW; the first step only warms up, times are medians. Peak memory
+is what the steps add to the loaded model and its optimizer's state after the first one.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_variant(options: argparse.Namespace) -> dict[str, float]:
-    """One variant and window in this process: median seconds of a step, its loss, peak MiB."""
+    """Run a variant and window in this process; return a step's median seconds, loss, peak MiB."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -140,7 +141,8 @@ def main() -> None:
         print(json.dumps(run_variant(options)))
         return
     print(
-        f"{options.model}, {options.length} tokens, {options.dtype}, {options.threads} threads, {options.repeats} steps"
+        f"{options.model}, {options.length} tokens, {options.dtype}, {options.threads} threads, "
+        f"{options.repeats} steps"
     )
     print(f"{'window':<7}{'variant':<22}{'tokens/s':>10}{'peak MiB':>10}{'loss':>9}")
     for window in options.windows:

@@ -1,9 +1,10 @@
-"""Ways of searching compared on a real model: same number of scored units, several seeds, medians.
+"""Ways of searching, compared on a real model after the same number of scored units.
 
     python tests/benchmarks/compare_search.py --units 240 --seeds 5 [--variants push sort ...]
 
-Every (variant, seed) is a Ray task that loads the model once. The best complete candidate after the given number of
-scored units counts, on the search's own needles and, of that candidate, on held-out ones.
+Every (variant, seed) is a search of one Ray actor, which loads the model once. What counts is the
+best complete candidate after the given number of scored units: on the search's own needles, and on
+held-out ones. The table has the medians over the seeds.
 """
 
 import argparse
@@ -11,18 +12,22 @@ import json
 import math
 import statistics
 import time
+from typing import Any
 
 import ray
 
 from longrope2_ray.recipe.loading import load_recipe
-from longrope2_ray.search import job as search_job
+from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.search.evolution import Evolution
-from longrope2_ray.search.racing import Race
-from longrope2_ray.search.scores import SEARCH_SET, perplexity, report_set
+from longrope2_ray.search.preparation import Prepared, prepare
+from longrope2_ray.search.racing import Race, RaceRules
+from longrope2_ray.search.scores import SEARCH_SET, UnitScore, perplexity, report_set
 from longrope2_ray.search.space import SearchSpace
+from longrope2_ray.tasks.needle import NeedleSample
 from longrope2_ray.workers.connection import ray_session
 
-VARIANTS: dict[str, dict] = {
+# Name of a variant -> its fields of the recipe's search section.
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "random": {"preset": "random"},
     "paper": {"preset": "paper"},
@@ -67,27 +72,37 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+# Fields that every variant takes from the recipe.
+KEPT = (
+    "target_length",
+    "population_size",
+    "top_k",
+    "num_offspring",
+    "attention_factor",
+    "critical_dims",
+    "tail_bounds",
+)
+
+
 @ray.remote(num_cpus=1)
 class Runner:
     """Keeps the model; runs one search after the other in its process."""
 
-    def __init__(self, prepared: search_job.Prepared):
+    def __init__(self, prepared: Prepared):
         from longrope2_ray.model.loading import load_model
         from longrope2_ray.search.scorer import NeedleScorer
 
         loaded = load_model(prepared.recipe.model, threads=1)
-        self.prepared, self.scorer = prepared, NeedleScorer(loaded, prepared.shape)
+        self.prepared = prepared
+        self.scorer = NeedleScorer(loaded, prepared.shape)
 
-    def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict:
-        """Search until ``units`` are scored, or for ``iterations`` generations where that is given."""
+    def search(self, variant: str, seed: int, units: int, iterations: int | None) -> dict[str, Any]:
+        """Search until ``units`` are scored, or for ``iterations`` generations if given."""
         base = self.prepared.recipe.search
-        kept = {
-            "target_length", "population_size", "top_k", "num_offspring", "attention_factor", "critical_dims", "tail_bounds"
-        }  # fmt: skip
-        chosen = {k: v for k, v in base.model_dump().items() if k in kept}
+        chosen = {name: value for name, value in base.model_dump().items() if name in KEPT}
         ends = 10_000 if iterations is None else iterations
         settings = type(base)(**{**chosen, "seed": seed, "iterations": ends, **VARIANTS[variant]})
-        samples = self.prepared.needle_sets[SEARCH_SET]
+        samples = self.prepared.samples[SEARCH_SET]
         evolution = Evolution(
             SearchSpace.from_recipe(self.prepared.shape.geometry, settings), settings
         )
@@ -103,7 +118,7 @@ class Runner:
                 list(vectors),
                 {c.id: nll[c.id] for c in generation.survivors},
                 len(samples),
-                settings,
+                RaceRules.of(settings),
             )
             while not race.finished and spent < units and (unit := race.next_unit()):
                 id, sample = unit
@@ -117,9 +132,11 @@ class Runner:
             curve.append((spent, best_total))
             if race.finished:
                 evolution.tell(race.totals)
-        tokens = self.prepared.num_tokens[SEARCH_SET]
-        name = report_set(base.target_length)
-        held = [self.score(sample, best.factors) for sample in self.prepared.needle_sets[name]]
+        if best is None:
+            raise ValueError(f"--units: expected enough to complete a candidate, got {units}")
+        tokens = self.prepared.needle_sets[SEARCH_SET].num_tokens
+        held_out = self.prepared.samples[report_set(base.target_length)]
+        held = [self.score(sample, best.factors) for sample in held_out]
         return {
             "variant": variant,
             "seed": seed,
@@ -136,8 +153,8 @@ class Runner:
             "seconds": round(time.monotonic() - began, 1),
         }
 
-    def score(self, sample, vector):
-        return self.scorer.score(sample, vector)
+    def score(self, sample: NeedleSample, factors: RescaleFactors) -> UnitScore:
+        return self.scorer.score(sample, factors)
 
 
 def main() -> None:
@@ -153,7 +170,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     args, overrides = parser.parse_known_args()
-    prepared = search_job.prepare(load_recipe(args.recipe, overrides))
+    prepared = prepare(load_recipe(args.recipe, overrides))
     units = 10**9 if args.iterations is not None else args.units
     with ray_session():
         runners = [Runner.remote(prepared) for _ in range(int(ray.cluster_resources()["CPU"]))]
@@ -170,7 +187,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(
-        f"{'variant':<14} {'search ppl':>10} {'held out':>10} {'accuracy':>9} {'units':>7}   (medians of {args.seeds} seeds)"
+        f"{'variant':<14} {'search ppl':>10} {'held out':>10} {'accuracy':>9} {'units':>7}   "
+        f"(medians of {args.seeds} seeds)"
     )
     for variant in args.variants:
         mine = [row for row in rows if row["variant"] == variant]

@@ -1,11 +1,13 @@
-"""What mixed context window training does to the reference model: needles and perplexity, short and long.
+"""What mixed context window training does to the reference model, in short and long contexts.
 
     python tests/benchmarks/compare_training.py --run-dir runs/train-8x --seeds 3 \\
         --search.target-length 2048 --train.global-batch-size 4
 
-Searches, packs the data and trains each variant with the commands that a user has (all of them resume), then scores every
-model under the window that a prompt of that length gets: the original RoPE up to the original length, the rescaled one
-beyond, and the rescaled one everywhere where nothing else was trained (not mixed). Needles of unseen keys stand at five depths in held-out text; perplexity is that of held-out text.
+It searches, packs the data and trains each variant with the commands that a user has (all of them
+resume), then scores every model under the window that a prompt of that length gets: the original
+RoPE up to the original length, the rescaled one beyond, and the rescaled one everywhere where
+nothing else was trained (not mixed). The scores are needles of unseen keys, at five depths in
+held-out text, and the perplexity of that text.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from longrope2_ray.tasks.needle import build_needle_set
 from longrope2_ray.training.factors import find_factors
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-VARIANTS = {  # name: fields of the recipe
+# Name of a variant -> its fields of the recipe's train section.
+VARIANTS = {
     "longrope2, mixed": {"factors": "winner"},
     "longrope2, not mixed": {"factors": "winner", "mixed": "false"},
     "yarn, mixed": {"factors": "yarn"},
@@ -59,7 +62,8 @@ class Judge:
     """Scores a model at every length, under the window that the length gets."""
 
     def __init__(self, base: ModelSection, lengths: list[int], samples: int):
-        self.shape, self.lengths, self.count = read_shape(base), lengths, samples
+        self.shape = read_shape(base)
+        self.lengths = lengths
         tokenizer, books = load_tokenizer(base), load_books(["bundled:report"])
         self.needles = {
             length: [
@@ -90,7 +94,10 @@ class Judge:
     def table(
         self, section: ModelSection, factors: RescaleFactors, mixed: bool
     ) -> dict[int, tuple[float, float, float]]:
-        """Length -> (needle accuracy, needle perplexity, perplexity of the last quarter of held-out text)."""
+        """Return length -> (needle accuracy, needle perplexity, text perplexity).
+
+        The perplexity is that of the last quarter of a held-out text.
+        """
         model = load_model(section)
         scorer, rope = NeedleScorer(model, self.shape), PinnedRope(model, self.shape)
         original = RescaleFactors(np.ones_like(factors.values))
