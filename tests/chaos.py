@@ -192,9 +192,8 @@ class Cluster:
     """A Ray head without CPUs and nodes of one CPU, every one a process of its own."""
 
     def __init__(self, nodes: int = 2):
-        self.folder = tempfile.mkdtemp(
-            prefix="c", dir="/tmp"
-        )  # short: paths of sockets may have 107 bytes
+        # A short path: paths of sockets may have 107 bytes.
+        self.folder = tempfile.mkdtemp(prefix="c", dir="/tmp")
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.made = 0
         self.port = free_port()

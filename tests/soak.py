@@ -267,9 +267,8 @@ def main() -> int:
 def run(args: argparse.Namespace, server: psutil.Process | None) -> int:
     if server:
         s3fs.S3FileSystem().mkdir(BUCKET)
-    logging.getLogger("longrope2").setLevel(
-        logging.ERROR
-    )  # who looks on need not name each damaged file
+    # This process only looks on: it need not name each damaged file.
+    logging.getLogger("longrope2").setLevel(logging.ERROR)
     rows = (
         [json.loads(line) for line in args.log.read_text().splitlines()]
         if args.log.exists()

@@ -175,9 +175,8 @@ def test_a_node_is_lost_and_another_joins_late(
     run.cluster.lose_node(0, notice)
     assert not run.ended, "the node was lost too late to matter"
     run.cluster.add_node(wait=False)
-    costs = (
-        ["preemptions"] if notice else ["deaths", "requeued"]
-    )  # with notice a scorer may leave between two units
+    # With notice a scorer may leave between two units, which requeues none.
+    costs = ["preemptions"] if notice else ["deaths", "requeued"]
     wait_until(lambda: faults(run.place)[costs[0]] > 0, "the driver has seen it", seconds=100)
     run.chaos.end(LINGERS)
     assert run.finish(driver) == undisturbed

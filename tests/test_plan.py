@@ -158,9 +158,8 @@ def test_a_model_that_is_too_large_does_not_fit_until_it_is_spread() -> None:
     assert "DOES NOT FIT" in format_plan(alone)
     spread = plan(recipe(scorer={"gpus_per_scorer": 4}), big, "h100")
     assert spread.fits
-    assert spread.gpu_hours_most == pytest.approx(
-        4 * alone.gpu_hours_most
-    )  # three wait while one works
+    # Three GPUs wait while one works.
+    assert spread.gpu_hours_most == pytest.approx(4 * alone.gpu_hours_most)
 
 
 def test_activations_are_not_spread_over_gpus_nor_is_a_gpu_whole_for_each_that_shares_it() -> None:

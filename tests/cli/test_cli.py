@@ -419,10 +419,11 @@ def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsy
         in capsys.readouterr().out
     )
     first = {name: vector.values[0] for name, vector in seen.items()}
+    # The length is at least the target's ratio, which is what would be served.
     assert first == {
         "report@256": 4.0,
         "report@2048": 8.0,
-    }  # at least the target's ratio, which is what would be served
+    }
     assert {vector.attention_factor for vector in seen.values()} == {1.2}
     for number in ("nan", "0", "-1", "inf", "x", "search"):
         said = mistake(capsys, "score", "debug", "--factors", "pi", "--attention-factor", number)
@@ -482,9 +483,8 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
     )
     assert again.returncode == 0, again.stderr[-2000:]
     reported = next(row for row in winner["report"] if row["method"] == "longrope2")
-    at_128, at_256 = map(
-        json.loads, again.stdout.splitlines()
-    )  # every length of the report, in its order
+    # One line for each length of the report, in its order.
+    at_128, at_256 = map(json.loads, again.stdout.splitlines())
     assert at_128["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)
     assert (at_128["needle_set"], at_256["needle_set"]) == ("report@128", "report@256")
     assert at_256["nll_per_sample"] != at_128["nll_per_sample"]

@@ -32,9 +32,8 @@ def children() -> set[psutil.Process]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The demo, running, its run directories in ``tmp_path / "runs"``; when it has ended, no process of it may be left."""
-    ctypes.CDLL(None).prctl(
-        SET_CHILD_SUBREAPER, 1, 0, 0, 0
-    )  # whatever outlives the demo becomes our child
+    # Whatever outlives the demo becomes a child of this process.
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before = children()
     # More generations than the recipe has: half of them are still ahead while the stop is on its way.
     command = [sys.executable, "cluster/demo.py", "--recipe", "debug", "--search.iterations", "12"]

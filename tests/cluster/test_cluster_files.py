@@ -460,9 +460,8 @@ def test_the_launcher_mounts_the_token_where_the_images_user_looks():
     (home,) = re.findall(r"^ENV .*\bHOME=(\S+)", final, re.M)
     (user,) = re.findall(r"useradd --uid 1001 --create-home (\w+)", final)
     assert home == f"/home/{user}"
-    assert (
-        f"install -d -o {user} -g {user} {home}/.ray" in final
-    )  # else Docker makes it for the mount, as root
+    # Without the folder Docker makes it for the mount, as root.
+    assert f"install -d -o {user} -g {user} {home}/.ray" in final
     assert f"USER {1001}" in final
 
 
@@ -544,9 +543,8 @@ def test_on_aws_the_head_is_on_demand_and_workers_are_spot_machines_from_zero():
     )
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for node in (head, workers):
-        assert node["node_config"]["ImageId"].startswith(
-            "ami-"
-        )  # Ray's own default is too old for the image's CUDA
+        # Ray's own default is too old for the image's CUDA.
+        assert node["node_config"]["ImageId"].startswith("ami-")
         parameters = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
         assert not ParamValidator().validate(parameters, shape).generate_report()
         assert ParamValidator().validate({**parameters, "InstanceTyp": "x"}, shape).has_errors()

@@ -36,9 +36,8 @@ def test_a_dim_with_periods_is_the_first_that_turns_less_often(
     geometry: RopeGeometry, num_periods: float
 ) -> None:
     turns = geometry.original_length / geometry.periods_tokens
-    assume(
-        np.all(np.abs(turns / num_periods - 1) > 1e-9)
-    )  # exactly on the border either side is right
+    # Exactly on the border either side is right.
+    assume(np.all(np.abs(turns / num_periods - 1) > 1e-9))
     fewer = np.flatnonzero(turns < num_periods)
     assert geometry.dim_with_periods(num_periods) == (
         fewer[0] if len(fewer) else geometry.num_cosines - 1

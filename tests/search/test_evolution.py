@@ -116,9 +116,8 @@ def test_the_space_follows_the_recipe() -> None:
     space = SearchSpace.from_recipe(
         GEOMETRY, section(attention_factor=1.2, attention_bounds=(1.3, 1.4))
     )
-    assert (
-        space.fixed_attention == 1.2
-    )  # a number on the command line wins over the recipe's bounds
+    # A number on the command line wins over the recipe's bounds.
+    assert space.fixed_attention == 1.2
 
 
 def test_all_dimensions_are_one_tail_from_one_on() -> None:
@@ -132,9 +131,8 @@ def test_searching_all_dimensions_starts_from_the_published_methods() -> None:
     first = evolution(preset="longrope").ask()[:3]
     for candidate, method in zip(first, ("pi", "ntk", "yarn"), strict=True):
         published = baseline(method, GEOMETRY, int(GEOMETRY.original_length * RATIO)).values
-        assert (
-            list(candidate.tail) == np.clip(published, 1, 1.25 * RATIO).tolist()
-        )  # NTK ends above the space
+        # NTK ends above the space, so its vector is clipped.
+        assert list(candidate.tail) == np.clip(published, 1, 1.25 * RATIO).tolist()
         assert candidate.start_tokens == 0
     with pytest.raises(
         ValueError,
@@ -573,9 +571,8 @@ def test_a_shifted_tail_keeps_the_ntk_head_and_stays_in_the_space(
     assert len(shifted) == len(tail) - step
     assert np.all(np.diff(shifted) >= 0)
     assert low <= shifted[0] <= shifted[-1] <= high
-    before, after = (
-        math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step))
-    )  # slopes of the heads
+    # The slopes of the two heads.
+    before, after = (math.log(t[0]) / d for t, d in ((tail, dim), (shifted, dim + step)))
     assert after == pytest.approx(before) or shifted[0] in (low, high)
 
 

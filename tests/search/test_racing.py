@@ -292,9 +292,8 @@ def test_every_unit_is_handed_out_or_saved(case: Case, width: int, rng: random.R
     race = case.race()
     assert race.num_units_left == case.num_units
     handed_out = drive(race, case, width, rng)
-    assert (
-        len(handed_out) + race.num_units_saved == case.num_units
-    )  # those under way at the end are scored, not saved
+    # Units under way at the end are scored, not saved.
+    assert len(handed_out) + race.num_units_saved == case.num_units
 
 
 @settings(max_examples=40, deadline=None)

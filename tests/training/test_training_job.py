@@ -151,9 +151,8 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
     place = str(tmp_path / "whole" / "train" / "model")
-    assert (
-        read_shape(section(place)).geometry == read_shape(section(model_dir)).geometry
-    )  # as the base model, both windows pinned from there
+    # The geometry is the base model's: both windows are pinned from there.
+    assert read_shape(section(place)).geometry == read_shape(section(model_dir)).geometry
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
     rope = theirs.config.rope_parameters
     yarn = find_factors(recipe, read_shape(section(model_dir)), RunDir(str(tmp_path)))
@@ -196,9 +195,8 @@ def test_a_finished_or_foreign_training_is_recognized(tmp_path: Path, model_dir:
     ):
         with pytest.raises(RunDirError, match=what):
             opened(recipe_of(model_dir, max_steps=2, **changes), folder)
-    (folder / "train" / "run.json").write_text(
-        "{"
-    )  # torn: nothing says what the checkpoints are of
+    # A torn run.json: nothing says which run the checkpoints belong to.
+    (folder / "train" / "run.json").write_text("{")
     with pytest.raises(RunDirError, match=r"holds steps/.* no readable run\.json"):
         opened(recipe, folder)
     other = recipe_of(model_dir, name="other", factors="ntk")
@@ -323,9 +321,8 @@ def test_only_whole_checkpoints_are_resumed_from_the_newest_first(tmp_path: Path
     place = tmp_path / "checkpoints"
     assert CheckpointStore(str(tmp_path), 0.0).found() == []
     old = make_checkpoint(place / "000001-a" / "checkpoint_2", 8)
-    new = make_checkpoint(
-        place / "000002-b" / "checkpoint_1", 12
-    )  # by its step, whatever the clock said
+    # Ordered by its step, whatever the clock said.
+    new = make_checkpoint(place / "000002-b" / "checkpoint_1", 12)
     oldest = make_checkpoint(place / "000001-a" / "checkpoint_1", 4)
     unfinished = make_checkpoint(place / "000003-c" / "checkpoint_3", 16)
     (unfinished / "whole-00001-of-00002.json").unlink()
@@ -369,9 +366,8 @@ class FullDisk:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which a file ``full`` fills the disk that checkpoints go to."""
-    ray.cloudpickle.register_pickle_by_value(
-        sys.modules[__name__]
-    )  # workers do not import the tests
+    # Workers do not import the tests.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     (tmp_path / "disk").mkdir()
     full = FullDisk(str(tmp_path / "disk"))
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **_: (full, url))
