@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of."""
+"""The base class of a recipe's sections, and the types that their fields share."""
 
 from typing import Annotated, Literal
 

@@ -9,7 +9,7 @@ from longrope2_ray.recipe.recipe import Recipe
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every ``section.field`` of a recipe, sections too."""
+    """Yield every ``section.field`` of a recipe, and every section."""
     for name, info in model.model_fields.items():
         yield prefix + name
         for inner in (info.annotation, *get_args(info.annotation)):

@@ -1,9 +1,9 @@
-"""What makes two runs different, declared on each field of a recipe.
+"""The identity of a run: the fields of its recipe that its results depend on.
 
 A field says which results depend on it: ``Annotated[int, PartOf("search")]``. The kinds of results
 are ``search`` (what the search finds), ``tokens`` (the tokenized documents), ``segments`` (the
-training data packed from them) and ``training`` (the trained weights). ``FREE`` marks a field on
-which none depends: a run may be resumed with another value.
+training data packed from them) and ``training`` (the trained weights). ``FREE`` marks a field that
+no result depends on: a run may be resumed with another value.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ KINDS = ("search", "tokens", "segments", "training")
 
 
 class PartOf:
-    """Marks a recipe field as part of the identity of some kinds of results.
+    """The mark of a recipe field that some kinds of results depend on.
 
     Args:
-        kinds: of ``KINDS``; none if no result depends on the field.
+        kinds: some of ``KINDS``; none if no result depends on the field.
 
     Raises:
         ValueError: if a kind is unknown.
@@ -36,7 +36,7 @@ FREE = PartOf()
 
 
 def marker(model: type[BaseModel], field: str) -> PartOf | None:
-    """Return what a field says that it is part of; None for a field that is a section."""
+    """Return the ``PartOf`` mark of a field; None for a field that is a section."""
     found = [m for m in model.model_fields[field].metadata if isinstance(m, PartOf)]
     return found[0] if found else None
 

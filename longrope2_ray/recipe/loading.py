@@ -26,7 +26,7 @@ RECIPE_FOLDERS = (
 
 
 def find_recipe(name: str) -> Path:
-    """Find a recipe by its path, or by its name if the package ships it.
+    """Return the path of a recipe, given the path or the name of a recipe that is shipped.
 
     Raises:
         RecipeError: if there is no such file and no such name.
@@ -69,7 +69,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def model_section(path: str, **fields: Any) -> ModelSection:
-    """Make the model section of a model that no recipe names, such as a command line's.
+    """Return the section of a model that no recipe names, such as a command line's.
 
     Raises:
         RecipeError: if a field is out of range, or the path carries a secret.
@@ -81,7 +81,7 @@ def model_section(path: str, **fields: Any) -> ModelSection:
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields that the words set, as nested dictionaries."""
+    """Return the fields that the words set, as nested dictionaries."""
     names = {name.replace("_", "-") for name in field_names(Recipe)}
     # --search.top_k is accepted as --search.top-k
     parts = [argument.partition("=") for argument in arguments]
@@ -116,7 +116,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(error: ValidationError) -> list[str]:
-    """One line for each wrong field; pydantic has an error for each branch of a union."""
+    """Return one line for each wrong field; pydantic has an error for each branch of a union."""
     first: dict[str, str] = {}
     for complaint in error.errors():
         line = _explain(complaint)
@@ -127,7 +127,7 @@ def _lines(error: ValidationError) -> list[str]:
 
 
 def _explain(error: Any) -> str:
-    """One error of pydantic as ``section.field: what was expected, what was got``."""
+    """Return an error of pydantic as ``section.field: expected ..., got ...``."""
     # Names of a union's branches are no part of the field's name.
     branches = ("float", "literal[")
     location = ".".join(

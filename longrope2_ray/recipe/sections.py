@@ -69,7 +69,7 @@ class ReportSection(NeedleSection):
 
 
 class ScorerSection(Section):
-    """The scorers: how many, how large, and how long they are waited for."""
+    """The scorers: how many, how large, and how long a run waits for them."""
 
     num_scorers: Annotated[int, FREE] = Field(
         0, ge=0, description="Scorers; 0 takes as many as the cluster has room for."

@@ -40,7 +40,7 @@ class SourceSection(Section):
 
 
 class BandSection(Section):
-    """Documents of one range of lengths.
+    """A band: documents of one range of lengths.
 
     They are longer than those of the band before, and have at most ``max_tokens`` tokens.
     """

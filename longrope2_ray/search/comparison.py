@@ -14,13 +14,13 @@ from longrope2_ray.search.winner import ComparisonRow
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row that has to be scored.
+    """A row of the tables that has to be scored.
 
     Attributes:
         length: tokens of the held-out needle documents.
         compared_at: attention factor of the table that the row stands in.
         method: name of the method, ``longrope2`` for the winner.
-        factors: its vector.
+        factors: the factor vector of the method.
     """
 
     length: int
@@ -30,12 +30,12 @@ class Comparison:
 
     @property
     def vector_id(self) -> str:
-        """What its scores are committed under."""
+        """The vector's id, under which its scores are committed."""
         return content_id(self.factors)
 
     @property
     def needle_set(self) -> str:
-        """Name of the needle set that it is scored on."""
+        """The name of the needle set that it is scored on."""
         return report_set(self.length)
 
     def row(self, needles: NeedleSummary) -> ComparisonRow:
@@ -56,7 +56,7 @@ def comparisons(
     """Yield the rows of every table of a recipe.
 
     Args:
-        winner: None yields the rows that do not depend on it.
+        winner: the best candidate; None for only the rows that do not depend on it.
         fixed: attention factor of every candidate; None if it is searched.
     """
     report, target = recipe.report, recipe.search.target_length

@@ -1,7 +1,7 @@
 """LongRoPE2's evolutionary search (Algorithms 1 and 2), as ask and tell.
 
 A candidate is a critical dimension and the tail of factors from there on, non-decreasing inside the
-bounds; the head is derived from the tail (NTK, Eq. 9). How candidates are scored stands elsewhere.
+bounds; the head is derived from the tail (NTK, Eq. 9). Scoring is left to the caller.
 """
 
 import math
@@ -15,7 +15,8 @@ from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.search.space import Candidate, SearchSpace
 from longrope2_ray.search.variation import Variation
 
-MAX_TRIES = 200  # for an offspring that is new; a space that gives none has been exhausted
+# Tries for each new candidate; a space that gives none in so many has been exhausted.
+MAX_TRIES = 200
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Generation:
         index: 0 for the initial population.
         survivors: the best candidates of the generations told so far, best first.
         totals: id -> summed NLL of each survivor.
-        candidates: those that have to be scored now.
+        candidates: the candidates that have to be scored now.
     """
 
     index: int
@@ -106,7 +107,7 @@ class Evolution:
     # --- Algorithm 2: one iteration
 
     def preview(self, generation: Generation, totals: Mapping[str, float]) -> Generation:
-        """Return what follows a generation if its candidates have these totals, without offspring.
+        """Return the generation that follows these totals, still without candidates.
 
         Raises:
             StoppedError: if no candidate at all has a finite score.
@@ -133,9 +134,9 @@ class Evolution:
     ) -> tuple[Candidate, ...]:
         """Return the offspring of a previewed generation's survivors; none after the last one.
 
-        Nothing changes by it. The random stream is the one that ``tell`` will use, so the offspring
-        of a guess are right as far as the ranks of their parents are. Ids in ``also_seen`` are
-        avoided like those of former generations.
+        The state of the search does not change. The random stream is the one that ``tell`` will
+        use, so the offspring of guessed survivors are right as far as the ranks of their parents
+        are. Ids in ``also_seen`` are avoided like those of former generations.
         """
         if standing.index > self.settings.iterations:
             return ()

@@ -43,9 +43,10 @@ MEMORY_ADVICE = (
 def search(
     recipe: Recipe, run_dir: str | None = None, observers: Sequence[Observer] = ()
 ) -> Winner:
-    """Run a whole search on the Ray that is there, or on this machine; from start or resumed.
+    """Run or resume a whole search on the cluster at ``RAY_ADDRESS``, or on this machine.
 
     Args:
+        recipe: the recipe.
         run_dir: directory or URL, ``runs/<recipe name>`` unless given.
         observers: called with the status after commits and after every generation.
 
@@ -68,7 +69,7 @@ def run_search(prepared: Prepared, run_dir: RunDir, observers: Sequence[Observer
 
     Raises:
         FencedError: if a newer driver takes the run directory over.
-        StoppedError: if it cannot go on.
+        StoppedError: if the search cannot go on.
     """
     run_dir.take_over()
     with scorer_pool(prepared) as pool:
@@ -88,14 +89,14 @@ def score_vectors(
     vectors: Mapping[str, RescaleFactors],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, NeedleSummary]:
-    """Score one vector on each needle set, inside a Ray session.
+    """Score one vector on each needle set, inside a Ray session, and return the summaries.
 
     Args:
         vectors: needle set -> vector.
         progress: called with (samples scored, samples in all).
 
     Raises:
-        StoppedError: if it cannot go on.
+        StoppedError: if the scoring cannot go on.
     """
     sets = {name: prepared.needle_sets[name] for name in vectors}
     scores: dict[tuple[str, int], Score] = {}
@@ -117,9 +118,12 @@ def score_vectors(
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """What a scorer does when it starts: load the model, and return the function that scores.
+    """The setup of a scorer: it loads the model and returns the function that scores.
 
     Attributes:
+        model: the recipe's model section.
+        shape: the model's shape.
+        settings: the recipe's scorer section.
         samples: needle set -> its samples, the same objects for every scorer.
     """
 
@@ -129,7 +133,7 @@ class ScorerSetup:
     samples: Mapping[str, Sequence[NeedleSample]]
 
     def __call__(self, num_gpus: int) -> Callable[[Unit], UnitScore]:
-        """Load the model on this worker."""
+        """Load the model on this worker and return the function that scores a unit."""
         from longrope2_ray.model.loading import load_model
         from longrope2_ray.search.scorer import NeedleScorer
 
@@ -148,7 +152,7 @@ class ScorerSetup:
 def scorer_pool(
     prepared: Prepared, cluster: Cluster | None = None
 ) -> Iterator[Pool[Unit, UnitScore]]:
-    """Keep the scorers of a run for a ``with`` block.
+    """Yield the pool of a run's scorers, which stop at the end of the ``with`` block.
 
     Raises:
         ValueError: if the cluster has no room, or the machine no memory, for one scorer.
@@ -239,8 +243,9 @@ def require_gpu_memory(prepared: Prepared, cluster: Cluster) -> None:
         if node.get("GPU"):
             named = (name.removeprefix(prefix) for name in node if name.startswith(prefix))
             kinds.add(next((RAY_ACCELERATORS.get(name) for name in named), None))
+    # Whether the model fits an unknown kind of GPU shows when the first scorer loads it.
     if not kinds or None in kinds:
-        return  # of an unknown one the first load says it
+        return
     have, kind = max((ACCELERATORS[kind].memory_gib * share, kind) for kind in kinds if kind)
     need = gpu_memory_bytes(prepared.shape, recipe) / 2**30
     if need > MEMORY_MARGIN * have:

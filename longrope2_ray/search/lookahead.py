@@ -2,8 +2,8 @@
 
 The survivors are guessed from the scores so far, and offspring are bred from the guess. The random
 stream of a generation depends on the seed and its index alone, so the offspring of a right guess
-are exactly those that will be asked for; a wrong guess costs time that was idle anyway. Scores go
-into the ledger as all others: the result cannot change.
+are exactly those that will be asked for; a wrong guess costs time that was idle anyway. The scores
+go into the ledger like all others, so the result does not change.
 """
 
 import math
@@ -27,9 +27,10 @@ class _Guess:
 
     Attributes:
         source: the race that it was guessed from.
-        units_left: of the source, when it was guessed.
+        units_left: units that the source had left when the guess was made.
         generation: survivors with guessed totals, and their offspring.
-        race: of the offspring.
+        race: the race of the offspring.
+        offspring: id -> candidate of the generation.
     """
 
     source: Race
@@ -40,11 +41,11 @@ class _Guess:
 
 
 class Lookahead:
-    """Looks a few generations ahead of an open race.
+    """The generations that will probably follow an open race, with races of their own.
 
     Args:
-        evolution: asked, never told.
-        rules: of its races.
+        evolution: the search; it is only asked, so its state does not change.
+        rules: rules of the guessed races.
         num_samples: samples of a complete score.
         known: (id, sample) -> NLL in the ledger, None if it is not there.
     """
@@ -74,7 +75,7 @@ class Lookahead:
             generation, race = guess.generation, guess.race
 
     def add(self, id: str, sample: int, nll: float) -> None:
-        """Count one score, if it is of a guessed offspring."""
+        """Count one score, if it belongs to a guessed offspring."""
         for guess in self._guesses:
             guess.race.add(id, sample, nll)
 
@@ -130,13 +131,14 @@ class Lookahead:
 class IdleWork:
     """Units for scorers that the open race leaves idle.
 
-    First come the rows of the tables that are needed whatever survives, then the offspring that
-    will be asked for if the order lasts, and in the last generation the rows of the guessed
+    First come the rows of the tables that do not depend on the winner, then the offspring that will
+    be asked for if the ranks stay as they are, and in the last generation the rows of the guessed
     winner.
 
     Args:
-        comparisons: the rows of the tables for a winner; for None those that do not depend on it.
-        enabled: without it there is no such unit.
+        comparisons: returns the rows of the tables for a winner; for None those that do not depend
+            on it.
+        enabled: whether there are such units at all (``scorer.look_ahead``).
     """
 
     def __init__(
@@ -180,7 +182,7 @@ class IdleWork:
             yield from self._drain_tables()
 
     def add(self, score: Score) -> None:
-        """Take note of a committed score on the search's needles."""
+        """Count a committed score on the search's needles."""
         self._lookahead.add(score.vector_id, score.sample, score.nll)
 
     def queue_tables(self, winner: Candidate | None) -> None:

@@ -1,7 +1,7 @@
-"""The loop of a search: ask, score, tell, record; then the winner against the baselines.
+"""The loop of a search: ask, score, tell, record; then compare the winner with the baselines.
 
-All that the loop needs to go on after a kill is in the ledger: a resumed search asks the same
-questions and finds most answers there.
+All that the loop needs to go on after a kill is in the ledger: a resumed search asks for the same
+units and finds most of their scores there.
 """
 
 import statistics
@@ -39,12 +39,12 @@ class SearchLoop:
     """One search in one run directory.
 
     Args:
-        recipe: the run's.
-        geometry: of the model.
-        needle_sets: those of the search and of the tables, by name.
-        run_dir: opened before.
-        scorers: what scores units.
-        fingerprints: of the model and the needle sets, for ``winner.json``.
+        recipe: the recipe of the run.
+        geometry: the RoPE geometry of the model.
+        needle_sets: the needle sets of the search and of the tables, by name.
+        run_dir: the run directory, opened before.
+        scorers: the scorers of its units.
+        fingerprints: fingerprints of the model and the needle sets, for ``winner.json``.
         observers: called after commits and after every generation.
     """
 
@@ -85,7 +85,7 @@ class SearchLoop:
         self._board.found(self._ledger.values())
 
     def run(self) -> Winner:
-        """Search, compare, write ``winner.json``, and return its content.
+        """Run the search to its end, write ``winner.json``, and return the winner.
 
         If it is interrupted or cannot go on, scores that have come in by then are committed, where
         storage allows.
@@ -142,7 +142,7 @@ class SearchLoop:
         return race
 
     def _complete_row(self, id: str) -> dict[int, float]:
-        """Return a survivor's NLL by sample; it is complete, or it had not survived."""
+        """Return sample -> NLL of a survivor, which was scored on every sample."""
         ids = self._needle_sets[SEARCH_SET].sample_ids
         return {s: self._ledger[id, sample_id].nll for s, sample_id in enumerate(ids)}
 
@@ -200,10 +200,10 @@ class SearchLoop:
             fingerprints=dict(self._fingerprints),
         )
 
-    # --- what others see
+    # --- the status
 
     def _committed(self, scores: Iterable[Score], race: Race) -> None:
-        """Take note of scores that are in the ledger now."""
+        """Count scores that are in the ledger now, and show the status if it is due."""
         for score in scores:
             if score.needle_set == SEARCH_SET:
                 self._idle_work.add(score)

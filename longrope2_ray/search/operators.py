@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_PASSES = 200  # of the authors' mutation until the tail rises
+# Passes of the authors' mutation until the tail rises.
+MAX_PASSES = 200
 AUTHORS_GRID = 0.01
 
 
 @dataclass(frozen=True)
 class MutationContext:
-    """What a mutation works with.
+    """The bounds, the probabilities and the random stream that a mutation works with.
 
     Attributes:
-        low: lowest factor of the tail, and ``high`` the highest.
-        probability: that an entry mutates, p of Alg. 2.
+        low: lowest factor of the tail.
+        high: highest factor of the tail.
+        probability: probability p that an entry mutates (Alg. 2).
         step: standard deviation of Gaussian steps, in widths of the bounds.
         rng: the generation's random stream.
     """
@@ -33,13 +35,13 @@ class MutationContext:
     rng: np.random.Generator
 
     def chosen(self, size: int) -> np.ndarray:
-        """Indices that mutate, in random order; at least one."""
+        """Return the indices that mutate, in random order; at least one."""
         picked = np.flatnonzero(self.rng.random(size) < self.probability)
         return self.rng.permutation(picked) if len(picked) else self.rng.integers(size, size=1)
 
 
 def mutate_push(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """Draw each chosen entry anew from the whole interval, and push neighbors in its way along."""
+    """Draw each chosen entry anew from the whole interval; push the neighbors in its way along."""
     tail = tail.copy()
     for i in at.chosen(len(tail)):
         value = at.rng.uniform(at.low, at.high)
@@ -87,7 +89,7 @@ def mutate_block(tail: np.ndarray, at: MutationContext) -> np.ndarray:
 
 
 def mutate_neighbors(tail: np.ndarray, at: MutationContext) -> np.ndarray:
-    """Draw each chosen entry between its neighbors, from left to right: the literal reading."""
+    """Draw each chosen entry between its neighbors, left to right: the paper read literally."""
     tail = tail.copy()
     for i in sorted(at.chosen(len(tail))):
         low = tail[i - 1] if i > 0 else at.low

@@ -1,4 +1,4 @@
-"""Everything about a search that can be checked before Ray and before the model's weights."""
+"""The preparation of a search: all that can be checked without Ray and the model's weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,13 @@ from longrope2_ray.tasks.needle import NeedleSample, build_needle_set, needle_fi
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a search needs beside Ray and the model's weights.
+    """The inputs of a search beside Ray and the model's weights.
 
     Attributes:
-        shape: of the model.
+        recipe: the recipe.
+        shape: the model's shape.
         samples: needle set -> its samples.
-        fingerprints: of the model and the needle sets.
+        fingerprints: fingerprints of the model and the needle sets.
     """
 
     recipe: Recipe
@@ -36,7 +37,7 @@ class Prepared:
 
     @property
     def needle_sets(self) -> dict[str, NeedleSet]:
-        """What the search knows about each needle set."""
+        """The needle sets as the search sees them, by name."""
         return {
             name: NeedleSet(
                 name,
@@ -51,7 +52,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """Check model configuration, search space, texts and tokenizer, and build the needle sets.
 
     Raises:
-        ValueError: with one clear message, before anything expensive.
+        ValueError: if any of them cannot be used; the message names the recipe field.
     """
     from longrope2_ray.model.fingerprint import model_fingerprint
     from longrope2_ray.model.loading import load_tokenizer, require_loadable
@@ -92,7 +93,7 @@ def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None
     """Refuse a text that is both searched on and reported on.
 
     Raises:
-        ValueError: if so; the message names it.
+        ValueError: if there is such a text; the message names it.
     """
     texts = {book.text for book in searched}
     shared = [book.name for book in reported if book.text in texts]
@@ -105,10 +106,10 @@ def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
-    """Begin or resume the search in ``run_dir``; True if it was there.
+    """Begin the search in ``run_dir`` or resume it; return True if it was there.
 
     Raises:
-        RunDirError: if another run lives there.
+        RunDirError: if the directory holds another run.
     """
     recipe, geometry = prepared.recipe, prepared.shape.geometry
     searched = ("model", f"needles {SEARCH_SET}")
@@ -129,15 +130,15 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
         },
         folders=(SCORES_FOLDER, GENERATIONS_FOLDER),
     )
-    # From here on something could be lost.
+    # From here on there are scores that could be lost, so storage that fails is tried again.
     run_dir.patience_seconds = recipe.storage.patience_seconds
     return resumed
 
 
 def finished_winner(prepared: Prepared, run_dir: RunDir) -> Winner | None:
-    """Return the winner that is there, if its tables are those of the recipe.
+    """Return the winner of a finished run if its tables are those of the recipe, else None.
 
-    A report that asks for other tables makes no other search: run again, it costs its own units.
+    Other tables do not make another search: run again, it scores only the units that they add.
     """
     winner = read_winner(run_dir)
     if winner is None or dict(winner.fingerprints) != dict(prepared.fingerprints):

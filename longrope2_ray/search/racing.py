@@ -18,12 +18,13 @@ import numpy as np
 from longrope2_ray.recipe.search import SearchSection
 
 Scores = Mapping[int, float]  # sample -> NLL sum of its answer
-MIN_PAIRED_SAMPLES = 3  # that a paired test needs
+# Samples that a paired test needs.
+MIN_PAIRED_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class RaceRules:
-    """How a race decides.
+    """The rules by which a race eliminates candidates.
 
     Attributes:
         racing: ``exact``, ``statistical``, or ``off``: nothing is eliminated.
@@ -39,7 +40,7 @@ class RaceRules:
 
     @classmethod
     def of(cls, search: SearchSection) -> "RaceRules":
-        """Read the rules from a recipe."""
+        """Return the rules of a recipe's search section."""
         return cls(search.racing, search.top_k, search.niche_size, search.racing_confidence)
 
 
@@ -55,7 +56,7 @@ class Race:
         incumbents: id -> (sample -> NLL) of the survivors so far, complete (estimated where the
             race is one of the lookahead).
         num_samples: samples of a complete score.
-        rules: how it decides.
+        rules: the rules of elimination.
     """
 
     def __init__(
@@ -104,7 +105,10 @@ class Race:
         return None
 
     def add(self, id: str, sample: int, nll: float) -> None:
-        """Count one score; told twice, it counts once. An infinite NLL, a penalty, eliminates."""
+        """Count one score; a second score of the same unit is ignored.
+
+        An infinite NLL, which is a penalty, eliminates the candidate.
+        """
         if id not in self._scores:
             return
         self._pending[id].discard(sample)
@@ -146,11 +150,11 @@ class Race:
         return sum(self._num_samples - len(self._scores[id]) for id in self._open)
 
     def lower_bound(self, id: str) -> float:
-        """Return what the candidate's total is at least."""
+        """Return the lower bound of a candidate's total, the sum of its scores so far."""
         return self._bounds[id]
 
     def estimates(self) -> dict[str, dict[int, float]]:
-        """Return rows of the newcomers that may survive, gaps filled in with finite guesses.
+        """Return id -> (sample -> NLL) of the newcomers that may survive, guesses in the gaps.
 
         A gap is the sample's mean over the complete candidates, times how much worse than their
         mean the newcomer is on the samples that it has; one more average sample keeps the ratio
@@ -176,7 +180,7 @@ class Race:
         return rows
 
     def _turn(self, id: str) -> tuple[int, float, int, str]:
-        """Return the candidate's turn: few pending units first, then the lowest bound, then order.
+        """Return the key that orders candidates: fewest pending units, lowest bound, first come.
 
         Without racing nothing is eliminated: one candidate after the other, so that most totals are
         known early.
@@ -190,7 +194,7 @@ class Race:
         insort(self._ranked_by_dim[self._dims[id]], self._totals[id])
 
     def _complete(self, id: str) -> None:
-        """Rank a candidate whose samples are all scored; others may be eliminated by it."""
+        """Rank a candidate whose samples are all scored, and eliminate those it leaves no place."""
         self._totals[id] = self.lower_bound(id)
         self._rank_total(id)
         self._open.discard(id)
@@ -210,15 +214,14 @@ class Race:
         return bisect_left(self._ranked_by_dim[self._dims[id]], bound) < self._rules.niche_size
 
     def _paired_reference(self) -> Scores | None:
-        """Return the worst incumbent: what loses against it will not survive either."""
+        """Return the scores of the worst incumbent for the paired test; None without a test."""
         full = len(self.incumbents) >= self._rules.top_k
         if self._rules.racing != "statistical" or not full or self._rules.niche_size:
             return None
         return self.incumbents[max(self.incumbents, key=lambda id: (self._totals[id], id))]
 
     def _loses_paired_test(self, id: str) -> bool:
-        """Test one-sided, paired by sample, against the worst incumbent, where racing is
-        statistical.
+        """Tell whether a candidate loses the one-sided paired test against the worst incumbent.
 
         Only prefixes of the fixed order count, so the verdict does not depend on the order of
         completion.

@@ -1,4 +1,4 @@
-"""From races to scorers and back: every score is committed before it counts."""
+"""The way of a unit: from the race to a scorer, as a score to the ledger, and to the race."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -30,7 +30,7 @@ class Scorers(Protocol):
         """Return the number of scorers by state: ``starting``, ``idle``, ``busy``."""
 
     def faults(self) -> Mapping[str, int]:
-        """Return what went wrong and was mended since the start, by kind.
+        """Return the number of faults since the start, by kind.
 
         ``requeued`` units, ``deaths`` of scorers, ``preemptions`` among them, ``stalls``, and units
         that were ``disputed`` because a number was not finite.
@@ -38,11 +38,11 @@ class Scorers(Protocol):
 
 
 class Scheduler:
-    """Feeds scorers from a race until it is over.
+    """The scheduler that feeds scorers with the units of a race until the race is over.
 
     Args:
-        scorers: what scores.
-        ledger: where scores are committed.
+        scorers: the scorers that units are handed to.
+        ledger: the ledger that scores are committed to before they count.
         needle_sets: name -> needle set.
         on_commit: called with the scores of each commit and the open race.
     """
@@ -71,8 +71,10 @@ class Scheduler:
         """Run a race to its end; what the ledger knows is not scored again.
 
         Args:
+            race: the race, whose newcomers are the ids of ``vectors``.
             vectors: id -> factor vector of the newcomers.
-            later: units for scorers that the race leaves idle.
+            needle_set: name of the needle set that they are scored on.
+            later: returns units for scorers that the race leaves idle.
 
         Raises:
             StoppedError: if scorers cannot go on.
@@ -91,23 +93,23 @@ class Scheduler:
             self._on_commit(scores, race)
 
     def unit(self, id: str, factors: RescaleFactors, needle_set: str, sample: int) -> Unit:
-        """Make a unit of work."""
+        """Return the unit of work of a sample under a vector."""
         sample_id = self._needle_sets[needle_set].sample_ids[sample]
         return Unit(id, needle_set, sample, sample_id, factors)
 
     def known_nll(self, vector_id: str, needle_set: str, sample: int) -> float | None:
-        """Return an NLL of the ledger; None if it is not there."""
+        """Return the NLL of a sample under a vector; None if the ledger does not hold it."""
         key = vector_id, self._needle_sets[needle_set].sample_ids[sample]
         score = self._ledger.get(key)
         return None if score is None else score.nll
 
     def summary(self, vector_id: str, needle_set: str) -> NeedleSummary:
-        """Summarize a vector that was scored on a whole needle set."""
+        """Return the summary of a vector that was scored on a whole needle set."""
         ids = self._needle_sets[needle_set].sample_ids
         return NeedleSummary.of([self._ledger[vector_id, sample_id] for sample_id in ids])
 
     def rescue(self) -> None:
-        """Commit what has come in by now, at an early end.
+        """Commit the scores that have come in by now, at an early end.
 
         Raises:
             RunDirError: if storage does not allow it.

@@ -25,12 +25,12 @@ def report_set(length: int) -> str:
 
 @dataclass(frozen=True)
 class NeedleSet:
-    """What the search knows about a set of needle samples; the tokens are the scorers' matter.
+    """A set of needle samples as the search sees it: without the tokens, which scorers hold.
 
     Attributes:
         name: ``search``, or ``report@<length>`` for held-out samples.
-        sample_ids: content of each sample, as ``NeedleSample.id`` says it.
-        num_tokens: answer tokens of each sample.
+        sample_ids: id of each sample's content (``NeedleSample.id``).
+        num_tokens: number of answer tokens of each sample.
     """
 
     name: str
@@ -43,12 +43,14 @@ class NeedleSet:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What a scorer is asked: one sample under one factor vector.
+    """A unit of work: one sample that is to be scored under one factor vector.
 
     Attributes:
-        vector_id: content of the vector.
-        sample: index in the needle set.
-        sample_id: content of the sample.
+        vector_id: id of the vector's content.
+        needle_set: name of the needle set.
+        sample: index of the sample in the needle set.
+        sample_id: id of the sample's content.
+        factors: the vector.
     """
 
     vector_id: str
@@ -59,7 +61,7 @@ class Unit:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a score is committed under."""
+        """The key under which its score is committed."""
         return self.vector_id, self.sample_id
 
     def __str__(self) -> str:
@@ -68,12 +70,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitScore:
-    """What a scorer answers.
+    """A scorer's answer to a unit of work.
 
     Attributes:
         nll_sum: summed negative log-likelihood of the answer's tokens, in nats; NaN and infinity
             are kept as they come.
-        num_tokens: how many tokens the answer has.
+        num_tokens: number of tokens of the answer.
         correct: whether greedy decoding gives exactly the answer. It does if and only if the
             teacher-forced argmax is right at every answer position: greedy decoding sees the
             prompt and its own choices so far, which is the teacher-forced context for as long as
@@ -88,7 +90,7 @@ class UnitScore:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the score is a number: one that is not gets a second opinion."""
+        """Whether the score is finite; if it is not, another scorer gives a second opinion."""
         return math.isfinite(self.nll_sum)
 
 
@@ -97,15 +99,15 @@ class Score:
     """One row of the ledger: the score of one sample under one factor vector.
 
     Attributes:
-        vector_id: content of the candidate or baseline.
-        sample_id: content of the needle sample.
-        needle_set: the set that the sample was asked for in.
-        sample: its index there.
+        vector_id: id of the candidate's or baseline's content.
+        sample_id: id of the needle sample's content.
+        needle_set: name of the needle set that the sample was scored for.
+        sample: index of the sample in that set.
         nll_sum: summed NLL of the answer's tokens, in nats; None if it was not finite.
-        num_tokens: how many tokens the answer has.
+        num_tokens: number of tokens of the answer.
         correct: whether greedy decoding gives exactly the answer.
-        seconds: what the unit took; not part of any result.
-        scorer: which scorer scored it; not part of any result.
+        seconds: wall clock time of the unit; not part of any result.
+        scorer: name of the scorer; not part of any result.
         started: Unix time at which it was handed out; not part of any result.
     """
 
@@ -122,7 +124,7 @@ class Score:
 
     @classmethod
     def of(cls, done: Done[Unit, UnitScore]) -> "Score":
-        """Make the row of a unit that was done."""
+        """Return the row of a unit that was done."""
         unit, result = done.work, done.result
         return cls(
             vector_id=unit.vector_id,
@@ -139,7 +141,7 @@ class Score:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What the row is the score of: a second row with this key is the same number."""
+        """The ids of vector and sample; rows with the same key hold the same score."""
         return self.vector_id, self.sample_id
 
     @property
@@ -149,7 +151,7 @@ class Score:
 
 
 def scores_of(run_dir: RunDir) -> Ledger[Score]:
-    """Return the ledger of a run, nothing read yet."""
+    """Return the ledger of a run's scores, of which nothing has been read yet."""
     return Ledger(run_dir, SCORES_FOLDER, Score)
 
 
@@ -177,7 +179,7 @@ class NeedleSummary:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> "NeedleSummary":
-        """Summarize one score a sample."""
+        """Return the summary of a needle set's scores, one for each sample."""
         num_tokens = sum(score.num_tokens for score in scores)
         return cls(
             ppl=perplexity(math.fsum(score.nll for score in scores), num_tokens),
@@ -188,7 +190,7 @@ class NeedleSummary:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "NeedleSummary":
-        """Read what ``to_json`` wrote; other keys of the object are left alone."""
+        """Read a summary that ``to_json`` wrote; other keys of the object are ignored."""
         nlls = tuple(body["nll_per_sample"])
         return cls(body["ppl"], body["accuracy"], nlls, body["num_tokens"])
 

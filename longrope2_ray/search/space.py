@@ -1,4 +1,4 @@
-"""The search space: candidates, and where they may lie."""
+"""The search space: its candidates and their bounds."""
 
 import hashlib
 import json
@@ -25,10 +25,11 @@ class Candidate:
     Attributes:
         critical_dim: ``d_rcd``, the cosine index where the tail starts; 0 if every dimension is
             searched.
-        tail: factors from there on, non-decreasing.
-        attention_factor: what cos and sin are multiplied by while it is scored.
-        parent_id: the candidate that it is an offspring of.
-        start_tokens: how many positions at the start keep the original RoPE (LongRoPE's ``n_hat``).
+        tail: the factors from the critical dimension on, non-decreasing.
+        attention_factor: the number that cos and sin are multiplied by.
+        parent_id: id of the candidate that it is an offspring of; None if it was drawn.
+        start_tokens: number of positions at the start that keep the original RoPE (LongRoPE's
+            ``n_hat``).
     """
 
     critical_dim: int
@@ -39,14 +40,14 @@ class Candidate:
 
     @cached_property
     def id(self) -> str:
-        """Twelve hex digits of the content, in which parents do not count."""
+        """Twelve hex digits of the content's SHA-256; the parent is no part of the content."""
         start = [self.start_tokens] if self.start_tokens else []
         content = json.dumps([self.critical_dim, self.tail, self.attention_factor, *start])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @cached_property
     def factors(self) -> RescaleFactors:
-        """The whole vector, its head derived from the tail (Alg. 2, lines 6-8)."""
+        """The whole factor vector, its head derived from the tail (Alg. 2, lines 6-8)."""
         return RescaleFactors(
             assemble(self.critical_dim, self.tail),
             attention_factor=self.attention_factor,
@@ -57,7 +58,7 @@ class Candidate:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Candidate":
-        """Read what ``to_json`` wrote; other keys of the object are left alone."""
+        """Read a candidate that ``to_json`` wrote; other keys of the object are ignored."""
         return cls(
             critical_dim=body["critical_dim"],
             tail=tuple(body["tail"]),
@@ -79,7 +80,7 @@ class Candidate:
 
 
 def content_id(factors: RescaleFactors) -> str:
-    """Return the id of a vector that is no candidate: equal vectors share their scores."""
+    """Return the id of a vector that is not a candidate; equal vectors share id and scores."""
     values = tuple(factors.values.tolist())
     return Candidate(0, values, factors.attention_factor, None, factors.start_tokens).id
 
@@ -94,7 +95,7 @@ class SearchSpace:
         tail_bounds: lowest and highest factor of a tail.
         attention_bounds: lowest and highest attention factor; equal if it is not searched.
         starts: whole vectors that the search starts from, where every dimension is searched.
-        start_tokens: numbers of positions at the start that may keep the original RoPE.
+        start_tokens: allowed numbers of positions at the start that keep the original RoPE.
     """
 
     num_cosines: int
@@ -112,7 +113,9 @@ class SearchSpace:
 
     @classmethod
     def from_recipe(cls, geometry: RopeGeometry, search: SearchSection) -> "SearchSpace":
-        """Return the paper's space, ``d_10 ... d_tcd`` and ``[ratio, 2 ratio]``, or the recipe's.
+        """Return the space of a recipe.
+
+        Its defaults are the paper's: ``d_10 ... d_tcd``, and factors in ``[ratio, 2 ratio]``.
 
         Raises:
             ValueError: if the target is not above the original length, or critical dimensions,

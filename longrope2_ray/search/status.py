@@ -1,4 +1,4 @@
-"""Where a search stands: what the progress bar, the log, ``status.json`` and the metrics show."""
+"""The status of a search, for the progress bar, the log, ``status.json`` and the metrics."""
 
 import logging
 import statistics
@@ -13,25 +13,26 @@ from longrope2_ray.storage.rundir import RunDir
 
 STATUS_FILE = "status.json"
 STATUS_SECONDS = 2.0
-RECENT_UNITS = 200  # that the time of a unit is the median of
+# The time of a unit is the median of so many.
+RECENT_UNITS = 200
 log = logging.getLogger("longrope2")
 
 
 @dataclass
 class Status:
-    """Where a search stands.
+    """The status of a search: how far it has come, and what went wrong on the way.
 
     Attributes:
         state: ``starting``, ``searching``, ``reporting``, ``finished``, ``interrupted``,
             ``stopped``.
-        generation: the last one that was closed.
+        generation: index of the last closed generation.
         best_ppl: needle perplexity of the best survivor; ``median_ppl`` and ``worst_ppl`` likewise.
-        units_done: units scored, of this and former attempts.
+        units_done: units scored, in this and former attempts.
         units_eliminated: units never scored because racing eliminated their candidate.
         units_left: units left in this generation at most.
         unit_seconds: median time of a unit.
         scorers: number of scorers by state.
-        faults: what went wrong and was mended, by kind.
+        faults: number of faults by kind; each of them was mended.
         critical_dims: number of survivors by critical dimension.
         units_ahead: units scored for candidates that no generation has asked for yet.
         committed_at: Unix time of the last commit to the ledger.
@@ -59,7 +60,7 @@ class Status:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Status":
-        """Read a status; fields that another version wrote more or less are left alone."""
+        """Read a status; unknown fields are ignored, missing ones take their defaults."""
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in body.items() if name in known}
         return cls(**{"name": "run", **values})
@@ -75,13 +76,13 @@ def read_status(run_dir: RunDir) -> Status | None:
 
 
 class StatusBoard:
-    """Keeps the status of a running search and shows it to observers.
+    """The status of a running search, kept up to date and shown to observers.
 
-    An observer that fails is named once and called again: no view is worth a search.
+    An observer that fails is logged once and called again; the search goes on.
 
     Args:
-        status: to begin with.
-        run_dir: that ``status.json`` is written to.
+        status: the status to begin with.
+        run_dir: the run directory that ``status.json`` is written to.
         observers: called after commits, every few seconds, and after every generation.
     """
 
@@ -112,7 +113,7 @@ class StatusBoard:
         self.found(scores)
 
     def found(self, scores: Iterable[Score]) -> None:
-        """Count scores of vectors that nothing has asked for yet as ahead."""
+        """Count those scores as ahead whose vectors nothing has asked for yet."""
         for score in scores:
             vector = score.vector_id, score.needle_set
             if vector not in self._asked:
@@ -135,11 +136,11 @@ class StatusBoard:
         """Bring the status up to date.
 
         Args:
-            units_left: that the open race needs at most.
-            units_later: that later generations need at most.
-            units_of_tables: that the tables need after the last generation.
+            units_left: units that the open race needs at most.
+            units_later: units that later generations need at most.
+            units_of_tables: units that the tables need after the last generation.
             scorers: number of scorers by state.
-            faults: what went wrong and was mended, by kind.
+            faults: number of faults by kind.
         """
         status = self.status
         status.units_ahead = self._not_asked.total()
@@ -154,7 +155,7 @@ class StatusBoard:
             status.eta_seconds = expected * status.elapsed_seconds / self._units_here
 
     def _share_scored(self) -> float:
-        """Return the share of a generation's units that racing has left to score so far."""
+        """Return the share of the units so far that had to be scored in spite of racing."""
         status = self.status
         if status.state != "searching":
             return 1.0

@@ -8,15 +8,17 @@ from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.search.operators import CROSSOVERS, MUTATIONS, MutationContext, shift_tail
 from longrope2_ray.search.space import Candidate, SearchSpace
 
-MAX_STEPS = 4  # of a tail that is drawn in steps
+# Steps of a tail that is drawn in steps.
+MAX_STEPS = 4
 
 
 class Variation:
-    """Makes candidates inside a search space; which operators it takes stands in the recipe.
+    """The operators of a recipe, which make candidates inside a search space.
 
     Args:
-        space: the bounds.
-        settings: mutation, crossover, and what fills the initial population.
+        space: the bounds of the candidates.
+        settings: the recipe's search section: mutation, crossover, and what fills the initial
+            population.
     """
 
     def __init__(self, space: SearchSpace, settings: SearchSection):
@@ -110,7 +112,7 @@ class Variation:
         return int(rng.choice(self._space.critical_dims))
 
     def _attention_factor(self, value: float, rng: np.random.Generator) -> float:
-        """Return the attention factor as one more gene, where it is searched."""
+        """Return an offspring's attention factor, mutated where it is searched."""
         low, high = self._space.attention_bounds
         if low == high or rng.random() >= self._settings.mutation_probability:
             return value
@@ -118,9 +120,9 @@ class Variation:
         return float(np.clip(value + rng.normal(0, step), low, high))
 
     def _start_tokens(self, value: int | None, rng: np.random.Generator) -> int:
-        """Return LongRoPE's ``n_hat`` as one more gene, where there is a choice.
+        """Return an offspring's start tokens, mutated where there is a choice.
 
-        It is drawn anew where there is no parent to have one (``value`` None).
+        They are drawn anew where there is no parent (``value`` None).
         """
         choices = self._space.start_tokens
         if len(choices) == 1:

@@ -1,4 +1,4 @@
-"""What a search leaves behind: its generations and its winner, typed, in the run directory."""
+"""The results of a search in its run directory: its generations and its winner."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class Survivor:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """A closed generation as its file tells it.
+    """A closed generation, as its file holds it.
 
     Attributes:
         index: 0 for the initial population.
-        candidates: those that were asked for.
-        survivors: the best of all generations so far, best first.
+        candidates: the candidates that had to be scored.
+        survivors: the best candidates of all generations so far, best first.
     """
 
     index: int
@@ -73,9 +73,9 @@ class ComparisonRow:
     Attributes:
         length: tokens of the needle documents.
         method: name of the method, ``longrope2`` for the winner.
-        attention_factor: that it was scored with.
+        attention_factor: attention factor that the method was scored with.
         compared_at: attention factor of the table that the row stands in.
-        critical_dim: where the method has one.
+        critical_dim: critical dimension, where the method has one.
         needles: perplexity, accuracy and NLL by sample.
     """
 
@@ -112,16 +112,16 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Winner:
-    """The result of a search; it holds no times.
+    """The result of a search; it holds no times, so that equal searches have equal results.
 
     Attributes:
-        name: of the recipe.
+        name: name of the recipe.
         candidate: the best candidate.
-        geometry: of the model that was searched.
+        geometry: RoPE geometry of the model.
         target_length: target window L, in tokens.
-        search: its scores on the search's needles.
-        report: winner and baselines on held-out needles.
-        fingerprints: of the model and the needle sets.
+        search: the winner's scores on the search's needles.
+        report: rows of the tables: winner and baselines on held-out needles.
+        fingerprints: fingerprints of the model and the needle sets.
     """
 
     name: str
@@ -145,8 +145,9 @@ class Winner:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Winner":
-        """Read what ``to_json`` wrote; the size of a head, which it does not say, is the rotary
-        one.
+        """Read a winner that ``to_json`` wrote.
+
+        The object does not say how large a head is; the rotary dimensions stand for it.
 
         Raises:
             KeyError: if a field is missing.
@@ -187,7 +188,7 @@ class Winner:
 
 
 def write_winner(run_dir: RunDir, winner: Winner) -> None:
-    """Keep the result of a search.
+    """Write the result of a search to ``winner.json``.
 
     Raises:
         FencedError: if a newer driver owns the run directory.
@@ -197,7 +198,7 @@ def write_winner(run_dir: RunDir, winner: Winner) -> None:
 
 
 def read_winner(run_dir: RunDir) -> Winner | None:
-    """Read the result of a search; None while it has not ended, or if the file is not whole.
+    """Read the result of a search; None if there is none yet, or its file is corrupt.
 
     Raises:
         RunDirError: if something else wrote the file.
@@ -215,7 +216,7 @@ def read_winner(run_dir: RunDir) -> Winner | None:
 
 
 def write_generation(run_dir: RunDir, record: GenerationRecord) -> None:
-    """Keep one closed generation; written again after a resume it holds the same bytes.
+    """Write one closed generation; after a resume its file holds the same bytes.
 
     Raises:
         FencedError: if a newer driver owns the run directory.
@@ -226,6 +227,6 @@ def write_generation(run_dir: RunDir, record: GenerationRecord) -> None:
 
 
 def read_generations(run_dir: RunDir) -> Sequence[GenerationRecord]:
-    """Read every whole generation, oldest first."""
+    """Read the closed generations, oldest first; corrupt files are skipped."""
     bodies = (run_dir.read_or_skip(name) for name in run_dir.names(GENERATIONS_FOLDER))
     return [GenerationRecord.from_json(body) for body in bodies if body]

@@ -8,9 +8,9 @@ _TEXTS = ASSETS / "text"
 
 
 def bundled_texts(source: str) -> list[Path]:
-    """Find the text files behind ``bundled:FOLDER`` or ``bundled:FOLDER/NAME``, in order of name.
+    """Return the text files behind ``bundled:FOLDER`` or ``bundled:FOLDER/NAME``, in order of name.
 
-    No file is no error here: callers name the recipe field, and ``bundled_folders`` what there is.
+    Where there is none the list is empty: the caller's message names the recipe field.
     """
     name = source.removeprefix(BUNDLED_PREFIX)
     pattern = f"{name}.txt.xz" if "/" in name else f"{name}/*.txt.xz"
@@ -18,10 +18,10 @@ def bundled_texts(source: str) -> list[Path]:
 
 
 def bundled_folders() -> list[str]:
-    """Name every folder of texts as a source writes it: ``bundled:report`` and so on."""
+    """Return the name of every folder of texts, as a source gives it: ``bundled:report`` etc."""
     return sorted(BUNDLED_PREFIX + folder.name for folder in _TEXTS.iterdir())
 
 
 def bundled_name(path: Path) -> str:
-    """Name one bundled text file as a source writes it: ``bundled:FOLDER/NAME``."""
+    """Return the name of a bundled text file, as a source gives it: ``bundled:FOLDER/NAME``."""
     return f"{BUNDLED_PREFIX}{path.parent.name}/{path.name.removesuffix('.txt.xz')}"

@@ -1,9 +1,8 @@
-"""Whole files below a local directory or an fsspec URL: written whole or not at all, checked when
-read.
+"""Files below a local directory or an fsspec URL, written whole or not at all.
 
-Every JSON file carries a checksum of its content: a file that is torn or corrupt is reported, never
-trusted. Locally a file is written beside its place, synced and moved there; an object store gets
-one PUT. Storage that is away or full is tried again (``storage.retries``).
+Every JSON file carries a checksum of its content, and a torn or corrupt file is refused when read.
+Locally a file is written beside its place, synced and moved there; an object store gets one PUT.
+Storage that fails or is full is tried again (``storage.retries``).
 """
 
 import hashlib
@@ -129,7 +128,7 @@ class Files:
         return body
 
     def read_or_skip(self, name: str) -> dict[str, Any] | None:
-        """Read as ``read_json`` does, but report a corrupt file once and take it for none."""
+        """Read as ``read_json`` does, but report a corrupt file once and return None for it."""
         try:
             return self.read_json(name)
         except CorruptFileError as error:
@@ -143,7 +142,7 @@ class Files:
         return name in self._corrupt
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that another process has removed first is no mistake."""
+        """Remove a file, if another process has not removed it already."""
         path = self.path / name
         self._retrying(partial(path.unlink, missing_ok=True), f"remove {path}")
 
@@ -166,7 +165,7 @@ class Files:
         return self._retrying(look, f"list {path}")
 
     def sync_folder(self, folder: str) -> None:
-        """Wait until the folder's entries are on disk, where that is this machine's matter."""
+        """Wait until a local folder's entries are on disk; an object store needs no such wait."""
         if self.local:
             handle = os.open(str(self.path / folder), os.O_RDONLY)
             os.fsync(handle)

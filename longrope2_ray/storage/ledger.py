@@ -1,5 +1,4 @@
-"""The ledger: rows with a key, committed once, whole or not at all, on a disk or in an object
-store.
+"""The ledger of results: rows with a key, each committed once, on a disk or an object store.
 
 A commit is one new immutable file, a chunk: object stores can neither append nor rename.
 """
@@ -13,11 +12,11 @@ from longrope2_ray.storage.rundir import RunDir
 
 
 class Row(Protocol):
-    """What a ledger holds: a dataclass of plain JSON values with a key."""
+    """A row of a ledger: a dataclass of plain JSON values with a key."""
 
     @property
     def key(self) -> Hashable:
-        """What the row is the result of: a second row with this key is the same result."""
+        """The key of the row; rows with the same key hold the same result."""
 
 
 R = TypeVar("R", bound=Row)
@@ -26,12 +25,12 @@ R = TypeVar("R", bound=Row)
 class Ledger(Mapping[Hashable, R], Generic[R]):
     """The committed rows of one folder of a run directory, by key.
 
-    What is in memory is what was loaded or committed through this object.
+    It holds the rows that were loaded or committed through this object.
 
     Args:
-        run_dir: the run, whose owner alone may commit.
-        folder: its folder of chunks.
-        row_type: makes a row of its fields.
+        run_dir: the run directory; only the driver that owns it may commit.
+        folder: name of the folder of chunks.
+        row_type: the dataclass of the rows.
     """
 
     def __init__(self, run_dir: RunDir, folder: str, row_type: type[R]):
@@ -68,7 +67,7 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
                 return self
 
     def commit(self, rows: Iterable[R]) -> list[R]:
-        """Write the rows that are not there yet as one chunk; return them.
+        """Write the rows that are not there yet as one chunk, and return them.
 
         Raises:
             FencedError: if a newer driver owns the run directory.
@@ -83,7 +82,7 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
         return list(new.values())
 
     def compact(self) -> None:
-        """Replace the chunks read or written here by one: it is whole before they go.
+        """Replace the chunks that this object read or wrote by one, which is written first.
 
         Corrupt chunks stay where they are, for a person to look at.
         """
@@ -97,7 +96,7 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
             self._chunks.discard(name)
 
     def _read(self, chunk: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take up the rows of a chunk."""
+        """Add the rows of a chunk, unless their keys are there."""
         self._chunks.add(chunk)
         for fields in rows:
             try:

@@ -1,4 +1,4 @@
-"""Retrying storage that is away or full."""
+"""Retrying calls to storage that cannot be reached or is full."""
 
 import logging
 import time
@@ -20,13 +20,15 @@ T = TypeVar("T")
 
 
 def retrying(action: Callable[[], T], what: str, patience_seconds: float) -> T:
-    """Run ``action``, again and again while storage fails, for at most ``patience_seconds``.
+    """Return the result of ``action``, which is run again while storage fails.
 
     Args:
+        action: the call.
         what: the action in words, such as ``write s3://bucket/run/winner.json``.
+        patience_seconds: how long it is tried.
 
     Raises:
-        FileNotFoundError, FileExistsError, NotADirectoryError: if that is the answer.
+        FileNotFoundError, FileExistsError, NotADirectoryError: as the action raised it.
         RunDirError: if the action still fails at the end, or another try cannot mend it.
     """
     began = time.monotonic()
@@ -55,6 +57,6 @@ def retrying(action: Callable[[], T], what: str, patience_seconds: float) -> T:
 
 
 def _of_storage(error: Exception) -> bool:
-    """Whether an error comes from storage and not from a mistake in the code."""
+    """Tell whether an error comes from storage and not from a mistake in the code."""
     known = isinstance(error, (OSError, ImportError, NotImplementedError))
     return known or type(error).__module__.split(".")[0] in STORAGE_CLIENTS

@@ -1,8 +1,8 @@
 """The run directory: whose run it holds, and which driver owns it now.
 
     recipe.toml            the recipe as resolved
-    run.json               what makes the run this one; it is only resumed if that matches
-    drivers/000003-*.json  one claim for each driver that was started here; the newest one owns it
+    run.json               the identity of the run, which is only resumed if it matches
+    drivers/000003-*.json  a claim of each driver that was started here; the newest one owns it
     scores/*.json          the ledger of scored units, immutable chunks
     generations/0007.json  candidates and survivors of a closed generation
     winner.json            the result of the search, without times
@@ -45,10 +45,10 @@ _FILE_SUFFIXES = (".json", ".toml", ".html", ".png")
 
 
 def require_free_name(name: str) -> None:
-    """Refuse a name for a folder that a run directory uses itself.
+    """Refuse a folder name that the run directory itself uses.
 
     Raises:
-        ValueError: naming what is taken.
+        ValueError: if the name is taken; the message lists the taken names.
     """
     if name in RESERVED_FOLDERS or name.endswith(_FILE_SUFFIXES):
         raise ValueError(
@@ -58,7 +58,7 @@ def require_free_name(name: str) -> None:
 
 
 def require_same_run(url: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a directory that belongs to another run; the one place that says so.
+    """Refuse a directory that belongs to another run.
 
     Args:
         url: the directory.
@@ -66,7 +66,7 @@ def require_same_run(url: str, found: Mapping[str, Any], wanted: Mapping[str, An
         wanted: field -> value of the run that was asked for.
 
     Raises:
-        RunDirError: naming the first field that differs.
+        RunDirError: if it does; the message names the first field that differs.
     """
     for field in sorted({*found, *wanted}):
         old, new = found.get(field), wanted.get(field)
@@ -82,7 +82,7 @@ class RunDir(Files):
 
     Attributes:
         run_id: digest of the run's identity, known once the directory is opened.
-        claim: name of the driver's file on whose behalf this object writes, if it took over.
+        claim: name of this driver's claim, once it has taken the directory over.
     """
 
     def __init__(self, url: str, patience_seconds: float = 0.0):
@@ -101,15 +101,15 @@ class RunDir(Files):
         facts: Mapping[str, Any],
         folders: Iterable[str] = (),
     ) -> bool:
-        """Begin a run here, or resume the one that is here; True if there was one.
+        """Begin a run here, or resume the one that is here; return True if there was one.
 
         Args:
             kind: ``search`` or ``training``.
             identity: ``section.field`` -> value of all that the result depends on.
-            fingerprints: of what the fields only name: model, needles, data, factors.
+            fingerprints: fingerprints of what fields only name: model, needles, data, factors.
             recipe: the whole recipe by section, for ``recipe.toml``.
             facts: geometry and sizes that a report needs; they follow from recipe and model.
-            folders: whose files name their run.
+            folders: folders whose files name their run.
 
         Raises:
             RunDirError: if the directory holds another run.
@@ -133,10 +133,10 @@ class RunDir(Files):
         return True
 
     def _require_own_files(self, names: Iterable[str]) -> None:
-        """Ask the files themselves whose they are, where no ``run.json`` says it.
+        """Refuse files of another run where no ``run.json`` says whose they are.
 
         Raises:
-            RunDirError: if a whole file is of another run, or does not say of which.
+            RunDirError: if a whole file belongs to another run, or names none.
         """
         for name in names:
             body = self.read_or_skip(name)
@@ -166,10 +166,10 @@ class RunDir(Files):
         self.write_json(self.claim, driver)
 
     def require_ownership(self) -> None:
-        """Do nothing, unless a newer driver was started on this directory.
+        """Refuse to go on once a newer driver has taken the directory over.
 
         Raises:
-            FencedError: if so.
+            FencedError: if a newer driver has.
         """
         if self.claim is None:
             return
@@ -184,13 +184,13 @@ class RunDir(Files):
 
 
 def _flat_identity(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``field`` -> value of what run.json says about the run, fingerprints by their own name."""
+    """Return field -> value of the identity in a ``run.json``, fingerprints among the fields."""
     prints = {f"fingerprint of {name}": value for name, value in body["fingerprints"].items()}
     return {**body["recipe"], **prints}
 
 
 def _without_none(value: Any) -> Any:
-    """The value without fields that are not set: TOML has no null."""
+    """Return a value without the fields that are not set, since TOML has no null."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, (list, tuple)):

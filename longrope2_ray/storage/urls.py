@@ -26,7 +26,7 @@ def refuse_credentials(url: str) -> str:
     """Return the URL itself, unless it carries a secret.
 
     Raises:
-        ValueError: if so; the message does not repeat it.
+        ValueError: if it carries a secret; the message does not repeat the secret.
     """
     scheme, found, rest = url.partition("://")
     if not found:

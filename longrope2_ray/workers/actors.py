@@ -36,11 +36,11 @@ class Worker:
         self._setup = setup
 
     def place(self) -> tuple[int, str]:
-        """Return process id and node id, as soon as the actor has a place in the cluster."""
+        """Return the process id and the node id, once the actor has a place in the cluster."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def ready(self) -> None:
-        """Set up; returns once that is done, such as a model that is resident."""
+        """Set the worker up, such as by loading a model, and return once that is done."""
         self._work = self._setup(len(ray.get_gpu_ids()))
 
     def work(self, unit: Any) -> Any:
@@ -49,7 +49,7 @@ class Worker:
 
 
 def actor_factory(setup: Setup, resources: Mapping[str, float]) -> Callable[[str], ActorHandle]:
-    """Return a function that makes a worker of this name.
+    """Return a function that starts a worker with a given name.
 
     ``setup`` goes to Ray's object store, so that it is sent to a node once. Ray's own restarts and
     retries are off: they run a killed call twice.
@@ -70,9 +70,12 @@ class Slot:
     """One actor as the driver sees it.
 
     Attributes:
+        stage: what it is doing.
         since: monotonic time at which it entered its stage.
-        task: what it is busy with.
-        num_done: units that it has done.
+        process: its process id; 0 until it has a place.
+        node: id of its node; empty until it has a place.
+        task: the task that it is busy with.
+        num_done: number of units that it has done.
     """
 
     name: str
@@ -86,16 +89,16 @@ class Slot:
 
 
 class Actors:
-    """Keeps as many actors as are wanted, or as the cluster has room for.
+    """The actors of a pool: as many as are wanted, or as the cluster has room for.
 
-    Actors that wait for a place are what an autoscaler sees.
+    An autoscaler sees the actors that wait for a place, and brings nodes for them.
 
     Args:
         make_actor: name -> a new actor with the methods of ``Worker``.
-        num_actors: how many; 0 follows the size of the cluster.
-        resources: what one actor takes, such as ``{"CPU": 1, "GPU": 1}``.
-        name: what they are called, with a number behind it.
-        cluster: what is asked about the cluster.
+        num_actors: number of actors; 0 follows the size of the cluster.
+        resources: resources that one actor takes, such as ``{"CPU": 1, "GPU": 1}``.
+        name: name of the actors; a number follows it.
+        cluster: the cluster, which is asked for its nodes and resources.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Actors:
             self.ask(slot, "placing", slot.actor.place.remote())
 
     def ask(self, slot: Slot, stage: Stage, ref: Any) -> None:
-        """Enter a stage that ends with an answer of the actor."""
+        """Put an actor into a stage that ends with its answer."""
         slot.stage = stage
         slot.since = time.monotonic()
         self.idle.pop(slot.name, None)
@@ -149,7 +152,7 @@ class Actors:
         answer.add_done_callback(self._answers.put)
 
     def rest(self, slot: Slot) -> None:
-        """Enter the idle stage."""
+        """Put an actor into the idle stage."""
         slot.stage = "idle"
         slot.since = time.monotonic()
         self.idle[slot.name] = slot
@@ -160,7 +163,7 @@ class Actors:
             self._answers.put(self._answers.get(timeout=1.0 if self._asked else 0.2))
 
     def answered(self) -> Iterator[tuple[Slot, Future[Any]]]:
-        """Yield the answers that have come; those of dropped actors are nobody's any more."""
+        """Yield each answer that has come, with its actor; those of dropped actors are ignored."""
         while not self._answers.empty():
             answer = self._answers.get()
             slot = self._asked.pop(answer, None)
@@ -168,7 +171,7 @@ class Actors:
                 yield slot, answer
 
     def look(self) -> bool:
-        """Ask which nodes are being drained, at most once a second; tell whether it was time to."""
+        """Ask which nodes are being drained, at most once a second; return whether it asked."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return False
@@ -188,7 +191,7 @@ class Actors:
         ]
 
     def idle_slot(self, not_named: str | None) -> Slot | None:
-        """Return an idle actor, another than the named one as long as others are at work."""
+        """Return an idle actor: the named one only if no other is idle or busy, else None."""
         other = next((slot for slot in self.idle.values() if slot.name != not_named), None)
         if other is not None:
             return other
@@ -206,7 +209,7 @@ class Actors:
         return [slot for slot in slots if slot.node in self.draining and slot.stage != "busy"]
 
     def drop(self, slot: Slot) -> None:
-        """Forget an actor; the next resize makes up for it."""
+        """Stop an actor and forget it; the next resize starts another one."""
         with suppress(Exception):  # Ray itself may be gone
             ray.kill(slot.actor)
         self.slots.pop(slot.name, None)
@@ -223,11 +226,11 @@ class Actors:
 
     @property
     def num_answers(self) -> int:
-        """Number of answers that have come and were not looked at."""
+        """Number of answers that have come and were not taken yet."""
         return self._answers.qsize()
 
     def process_ids(self) -> dict[str, int]:
-        """Return name -> process id of the actors that are up; for tests and people."""
+        """Return name -> process id of the actors that are idle or busy; for tests."""
         slots = self.slots.values()
         return {slot.name: slot.process for slot in slots if slot.stage in ("idle", "busy")}
 

@@ -1,4 +1,4 @@
-"""Ray for the time of a command: a cluster that is there, or one on this machine."""
+"""The connection of a command to Ray: to a running cluster, or to one on this machine."""
 
 import logging
 import os
@@ -21,8 +21,7 @@ log = logging.getLogger("longrope2")
 
 @contextmanager
 def ray_session(dashboard: bool = False) -> Iterator[None]:
-    """Connect to the cluster at ``RAY_ADDRESS``, else start one on this machine, for a ``with``
-    block.
+    """Connect to the cluster at ``RAY_ADDRESS``, or start one on this machine, for a block.
 
     SIGTERM raises KeyboardInterrupt in the block as Ctrl-C does, so that ``ray job stop`` leaves a
     run that can be resumed. In a process that is connected already the block uses that connection.
@@ -63,7 +62,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End the command as Ctrl-C does; a second signal changes nothing, what follows is brief."""
+    """Raise KeyboardInterrupt, as Ctrl-C does, and ignore SIGTERM during the brief end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -71,7 +70,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _require_cluster(address: str) -> None:
     """Refuse an address that no Ray cluster answers at.
 
-    Ray itself waits for minutes, deaf to signals, for whatever else may listen there.
+    Ray itself would wait for minutes, without reacting to signals, if something else listens there.
 
     Raises:
         ValueError: naming the address.

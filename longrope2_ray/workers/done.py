@@ -1,4 +1,4 @@
-"""A unit of work that was done; free of Ray, so that those who read results need none."""
+"""A unit of work that was done. This module imports no Ray: readers of results need none."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -12,6 +12,8 @@ class Done(Generic[Work, Result]):
     """A unit of work with its result.
 
     Attributes:
+        work: the unit of work.
+        result: its result.
         worker: name of the actor that did it.
         started: Unix time at which it was handed out.
     """

@@ -1,4 +1,4 @@
-"""What to do about a failed unit of work or a failed start, decided without doing it."""
+"""Decisions about failed units of work and failed starts; the pool carries them out."""
 
 import re
 import textwrap
@@ -9,7 +9,7 @@ from typing import Literal
 
 from ray.exceptions import RayError, RayTaskError
 
-# torch's words, those of Ray's memory monitor, and Ray's name for what the monitor did.
+# The words of torch, of Ray's memory monitor, and of Ray's error where the monitor has killed.
 _MEMORY = re.compile(r"out[ _]?of[ _]?memory|low on memory", re.IGNORECASE)
 _SHOWN_CHARACTERS = 240
 
@@ -18,15 +18,15 @@ Kind = Literal["died", "raised"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pool puts up with before it replaces a worker or stops the run.
+    """The limits at which a pool replaces a worker or stops the run.
 
     Attributes:
-        max_attempts: times a unit, or the start of a worker, is tried.
+        max_attempts: number of times that a unit, or the start of a worker, is tried.
         stall_seconds: a worker busy for longer on one unit is replaced.
         load_seconds: a worker that takes longer to set itself up is replaced.
         start_seconds: time without any worker before the run stops.
-        section: of the recipe that holds these fields, for messages.
-        memory_advice: which fields to change where memory does not suffice.
+        section: section of the recipe that holds these fields, for messages.
+        memory_advice: advice for messages where memory does not suffice: which fields to change.
     """
 
     max_attempts: int = 4
@@ -39,12 +39,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong with a unit of work or with a start.
+    """A failure of a unit of work or of a start.
 
     Attributes:
-        kind: the process died, or the work raised.
-        message: of the error.
-        counts: whether it says something about the unit or the start.
+        kind: ``died`` if the process died, ``raised`` if the work raised an exception.
+        message: message of the error.
+        counts: whether it counts as an attempt; it does not if the node went away.
         preempted: whether the process went with a preempted node.
     """
 
@@ -55,7 +55,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: RayError) -> "Failure":
-        """Read what Ray says about a call that failed."""
+        """Return the failure behind Ray's error for a call."""
         if isinstance(error, RayTaskError):
             cause = error.cause if isinstance(error.cause, Exception) else error
             return cls("raised", f"{type(cause).__name__}: {cause}")
@@ -65,7 +65,7 @@ class Failure:
 
 
 class Decision(Enum):
-    """What to do about a failure."""
+    """A decision about a failure: try again, or stop the run."""
 
     RETRY = "retry"
     STOP = "stop"
@@ -74,10 +74,12 @@ class Decision(Enum):
 def decide(
     failure: Failure, attempts: int, limits: Limits, fitted: bool = False
 ) -> tuple[Decision, str]:
-    """Decide about a failure, and say why (which recipe field mends it).
+    """Return the decision about a failure, and the reason: which recipe field mends it.
 
     Args:
-        attempts: how often this unit (or start) has been tried.
+        failure: the failure.
+        attempts: number of times that this unit (or start) has failed.
+        limits: the limits of the pool.
         fitted: whether this worker has done units before, so that memory was enough.
     """
     if _MEMORY.search(failure.message):
@@ -91,7 +93,7 @@ def decide(
 def reason(failure: Failure) -> str:
     """Return the part of a failure's message that says why, short enough for a line.
 
-    An exception's own words come last; Ray gives its reason of a death somewhere inside.
+    An exception's own words come last; Ray gives the reason for a death somewhere inside.
     """
     lines = failure.message.strip().splitlines() or [""]
     reasons = [line for line in lines if "because" in line or _MEMORY.search(line)]
@@ -100,7 +102,7 @@ def reason(failure: Failure) -> str:
 
 
 def start_pause_seconds(failed_starts: int) -> float:
-    """Return how long to wait before a worker is started again: doubling, five minutes at most."""
+    """Return the pause before the next start: it doubles, up to five minutes."""
     return min(2.0 ** (failed_starts - 1), 300.0) if failed_starts else 0.0
 
 
@@ -132,7 +134,7 @@ class Starts:
         self._last_ready = time.monotonic()
 
     def failed(self, counts: bool) -> int:
-        """Note a failed start and return how many failed in a row, those that count."""
+        """Note a failed start and return how many of those that count failed in a row."""
         self._failed += counts
         self._next = time.monotonic() + start_pause_seconds(self._failed)
         return self._failed

@@ -1,7 +1,7 @@
 """A pool that runs any picklable work on resident actors: elastic, self-healing, drain-aware.
 
-The driver owns retries: an actor dies with its unit, the unit goes to another actor. What a unit of
-work or its result is, the pool does not know.
+The driver owns retries: when an actor dies, its unit goes to another one. The pool does not know
+what a unit of work or its result is.
 """
 
 import logging
@@ -34,8 +34,10 @@ class _Task(Generic[Work]):
     """A submitted unit of work.
 
     Attributes:
-        attempts: failures that say something about the unit.
-        disputed_by: the worker whose result needs a second opinion.
+        work: the unit of work.
+        attempts: number of failures that count as attempts.
+        disputed_by: name of the worker whose result needs a second opinion.
+        started: Unix time at which it was handed out.
     """
 
     work: Work
@@ -45,13 +47,14 @@ class _Task(Generic[Work]):
 
 
 class Pool(Generic[Work, Result]):
-    """Hands units of work to free actors and gives their results back, each once.
+    """A pool that hands units of work to idle actors and returns the result of each once.
 
     Args:
-        actors: who computes.
-        limits: attempts, and how long to wait for what.
-        is_doubtful: whether a result counts only if another worker gives such a one too; the worker
-            that alone gave one is replaced.
+        actors: the actors that do the work.
+        limits: the limits at which a worker is replaced or the run stops.
+        is_doubtful: tells whether a result needs a second opinion. It counts if another worker's
+            result is doubtful too; if not, the other result counts and the first worker is
+            replaced.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Pool(Generic[Work, Result]):
         return self.actors.counts()
 
     def faults(self) -> dict[str, int]:
-        """Return what went wrong and was mended, by kind."""
+        """Return the number of faults since the start, by kind."""
         return dict(self._faults)
 
     def close(self) -> None:
@@ -202,7 +205,7 @@ class Pool(Generic[Work, Result]):
         if decision is Decision.STOP and not others_work:
             raise StoppedError(f"{slot.name} failed {doing}: {why} ({hint})")
         log.warning("%s %s while %s: %s; %s", slot.name, failure.kind, doing, why, hint)
-        # One that raised would fail the next unit as fast, and take all of them.
+        # A worker that raised could fail every other unit as fast: it would take all of them.
         self._drop(slot)
 
     def _requeue(self, task: _Task[Work]) -> None:
@@ -217,7 +220,7 @@ class Pool(Generic[Work, Result]):
             self._requeue(task)
 
     def _preempt(self, slot: Slot) -> None:
-        """Give up a worker whose node will be taken away, so that the loss costs no unit."""
+        """Give up a worker whose node will be taken away, before it takes another unit."""
         log.warning("%s is given up: its node is being drained", slot.name)
         self._faults["deaths"] += 1
         self._faults["preemptions"] += 1
@@ -234,7 +237,7 @@ class Pool(Generic[Work, Result]):
             self._fail(slot, Failure("died", why))
 
     def _require_some_worker(self) -> None:
-        """Stop the run if no worker has been up for too long."""
+        """Stop the run if there has been no worker for too long."""
         if self.actors.some_are_up:
             self._starts.some_worker_is_up()
         elif self._starts.waited_seconds > self._limits.start_seconds:

@@ -1,4 +1,4 @@
-"""What the cluster has, and how many workers of a size it has room for."""
+"""The resources of the cluster, and the number of workers that it has room for."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -16,7 +16,7 @@ class Cluster:
         return dict(ray.cluster_resources())
 
     def nodes(self, without: Collection[str] = ()) -> list[Mapping[str, float]]:
-        """Return what each living node has, but for nodes whose ids are in ``without``."""
+        """Return the resources of each living node whose id is not in ``without``."""
         return [
             node["Resources"]
             for node in ray.nodes()
@@ -27,7 +27,7 @@ class Cluster:
         """Return the ids of the nodes that will be taken away soon.
 
         A spot notice, ``ray drain-node`` and an autoscaler that scales down all announce it. Ray
-        has no public call for it; Ray Train asks the same one. In a version without it, a notice
+        has no public call for it; Ray Train uses the same one. In a version without it, a notice
         costs the unit under way.
         """
         try:
@@ -38,7 +38,7 @@ class Cluster:
 
 
 def capacity(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """Return how many workers of ``resources`` each the nodes have room for; none spans two."""
+    """Return how many workers the nodes have room for; each takes ``resources`` on one node."""
     return sum(
         int(min(node.get(name, 0) / amount + 1e-9 for name, amount in resources.items() if amount))
         for node in nodes
@@ -46,10 +46,10 @@ def capacity(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float
 
 
 def use_gpu(device: str, cluster: Mapping[str, float]) -> bool:
-    """Tell whether workers take GPUs: if asked to, or by themselves where the cluster has any."""
+    """Tell whether workers take GPUs: with ``cuda``, and with ``auto`` if the cluster has any."""
     return device == "cuda" or (device == "auto" and cluster.get("GPU", 0) > 0)
 
 
 def brief(cluster: Mapping[str, float]) -> dict[str, float]:
-    """Return the resources that a person wants to read in a message."""
+    """Return the resources that a message names: CPUs and GPUs."""
     return {name: amount for name, amount in cluster.items() if name in ("CPU", "GPU")}
