@@ -35,6 +35,7 @@ def route_attention(config: "PreTrainedConfig", name: str, attend: Attend) -> No
     """
     from transformers import AttentionInterface
 
+    # The signature is transformers': layers pass what they need, by keyword.
     def attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -104,10 +105,12 @@ def banded_attention(
     batch, num_heads, num_queries, _ = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
     groups = num_heads // num_kv_heads
+    # The queries are the last positions, so the first of them stands behind ``offset`` keys.
     offset = num_keys - num_queries
     out = query.new_empty(batch, num_heads, num_queries, value.shape[-1])
     for first in range(0, num_queries, block_queries):
         last = min(first + block_queries, num_queries)
+        # The keys that any query of this block sees; the mask cuts out what each of them sees.
         low = 0 if window is None else max(0, offset + first - window + 1)
         high = offset + last
         at = torch.arange(offset + first, high, device=query.device)[:, None]
@@ -115,6 +118,8 @@ def banded_attention(
         mask = seen <= at
         if window is not None:
             mask &= seen > at - window
+        # Heads of a group lie beside each other, so (B, H, q, E) reshapes to (B, K, groups * q, E)
+        # and the mask repeats for every head of the group.
         rows = query[:, :, first:last].reshape(batch, num_kv_heads, groups * (last - first), -1)
         block = nn.functional.scaled_dot_product_attention(
             rows,

@@ -97,7 +97,8 @@ class Evolution:
     def _initial_population(self) -> tuple[Candidate, ...]:
         """Return P candidates: one constant tail for each critical dimension, then others."""
         rng = self._rng(0)
-        seeds = list(self._variation.constant_tails(rng))  # lines 2-9
+        # Lines 2-9: a constant tail for each critical dimension.
+        seeds = list(self._variation.constant_tails(rng))
         seen = {seed.id for seed in seeds}
         count = self.settings.population_size - len(seeds)
         # Sec. 3.2: sample and mutate until the population holds P candidates.
@@ -112,6 +113,8 @@ class Evolution:
         Raises:
             StoppedError: if no candidate at all has a finite score.
         """
+        # Survivors compete again with the offspring, so a good candidate is never lost. What racing
+        # eliminated has no total; NaN and infinity rank nowhere.
         known = {**generation.totals, **totals}
         everyone = (*generation.survivors, *generation.candidates)
         pool = {c.id: c for c in everyone if c.id in known and math.isfinite(known[c.id])}
@@ -120,7 +123,8 @@ class Evolution:
                 "no candidate has a finite score: the model returns NaN or infinity; "
                 "try model.dtype = 'float32'"
             )
-        kept = select(  # lines 1 and 11: update P with the top k
+        # Lines 1 and 11: update P with the top k.
+        kept = select(
             {id: known[id] for id in pool},
             {id: candidate.critical_dim for id, candidate in pool.items()},
             self.settings.top_k,
@@ -142,11 +146,12 @@ class Evolution:
             return ()
         survivors = standing.survivors
 
-        def mutate(parent: Candidate, rng: np.random.Generator) -> Candidate:  # lines 4-8
+        # Lines 4-8: mutate a parent, or cross it with another survivor.
+        def mutate(parent: Candidate, rng: np.random.Generator) -> Candidate:
             return self._variation.offspring(parent, survivors, rng)
 
         rng, seen = self._rng(standing.index), self._seen | also_seen
-        # line 3: for each of the top k, in turns
+        # Line 3: each of the top k is a parent, in turns.
         return tuple(self._unseen(survivors, self.settings.num_offspring, rng, mutate, seen))
 
     def _unseen(
@@ -158,6 +163,7 @@ class Evolution:
         seen: Set[str],
     ) -> Iterator[Candidate]:
         """Yield ``count`` candidates that are new, parents taking turns; fewer if none is left."""
+        # A candidate that was seen before would teach nothing, so it is made again.
         here: set[str] = set()
         tries = 0
         while len(here) < count and tries < MAX_TRIES * count:
@@ -168,6 +174,8 @@ class Evolution:
                 yield candidate
 
     def _rng(self, generation: int) -> np.random.Generator:
+        # One stream for each generation: what an earlier one drew cannot shift a later one, so the
+        # lookahead and a resumed search draw the same offspring.
         return np.random.default_rng((self.settings.seed, generation))
 
 
@@ -184,6 +192,8 @@ def select(
         critical_dims: id -> critical dimension.
     """
     ranked = sorted(totals, key=lambda id: (totals[id], id))
+    # Niches come first, so that one critical dimension cannot crowd out the others; ``top_k``
+    # bounds them too.
     taken: dict[int, int] = {}
     niches = []
     for id in ranked:

@@ -65,6 +65,7 @@ class Lookahead:
 
     def units(self, race: Race) -> Iterator[tuple[Candidate, int]]:
         """Yield (offspring, sample) that will probably be needed next, soonest first."""
+        # Each guess stands on the one before it, so a deeper one is less certain and comes later.
         generation = self._evolution.generation
         for depth in range(DEPTH):
             guess = self._guess(depth, generation, race)
@@ -91,6 +92,7 @@ class Lookahead:
         """
         old = self._guesses[depth] if depth < len(self._guesses) else None
         left = race.num_units_left
+        # A new guess costs the driver a generation of offspring, so not every score renews it.
         if (
             old
             and old.source is race
@@ -106,7 +108,8 @@ class Lookahead:
         if old and old.source is race and old.generation.survivors == standing.survivors:
             old.units_left = left
             return old
-        del self._guesses[depth:]  # what was guessed from this guess is as wrong
+        # Guesses that stand on a wrong one are wrong too.
+        del self._guesses[depth:]
         guess = self._make(standing, rows, race, left)
         self._guesses.append(guess)
         return guess
@@ -119,6 +122,7 @@ class Lookahead:
         offspring = {c.id: c for c in self._evolution.offspring(standing, seen)}
         dims = {c.id: c.critical_dim for c in (*standing.survivors, *offspring.values())}
         incumbents = {c.id: rows[c.id] for c in standing.survivors}
+        # The guessed race eliminates too: offspring that cannot survive get no further units.
         race = Race(dims, list(offspring), incumbents, self._num_samples, self._rules)
         for id in offspring:
             for sample in range(self._num_samples):
@@ -174,6 +178,7 @@ class IdleWork:
             return
         for candidate, sample in self._lookahead.units(race):
             yield self._scheduler.unit(candidate.id, candidate.factors, SEARCH_SET, sample)
+        # No generation follows the last one: what comes next are the tables of its winner.
         best = self._lookahead.best
         last = self._evolution.generation.index == self._evolution.settings.iterations
         if last and best and best.id != self._guessed_winner:

@@ -101,7 +101,8 @@ class SearchLoop:
         except (KeyboardInterrupt, StoppedError, RunDirError) as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             self.status.state = "interrupted" if interrupted else "stopped"
-            self._run_dir.patience_seconds = 0.0  # an end that was asked for may not take long
+            # An end that was asked for may not take long, so storage gets one try.
+            self._run_dir.patience_seconds = 0.0
             with suppress(StoppedError, RunDirError):
                 self._scheduler.rescue()
             with suppress(StoppedError, RunDirError):
@@ -110,6 +111,7 @@ class SearchLoop:
             raise
 
     def _run(self) -> Winner:
+        # The baselines do not depend on the winner: idle scorers score them during the search.
         self.status.state = "searching"
         self._idle_work.queue_tables(None)
         self._board.asked((row.vector_id, row.needle_set) for row in self._comparisons(None))
@@ -154,6 +156,7 @@ class SearchLoop:
         for candidate in generation.survivors:
             total = generation.totals[candidate.id]
             survivors.append(Survivor(candidate, total, perplexity(total, num_tokens)))
+        # ``tell`` has moved on to the next index; the file belongs to the one that it closed.
         index = generation.index - 1
         record = GenerationRecord(index, tuple(candidates), tuple(survivors))
         write_generation(self._run_dir, record)
@@ -184,6 +187,7 @@ class SearchLoop:
         self._board.asked((row.vector_id, row.needle_set) for row in rows)
         for name in dict.fromkeys(row.needle_set for row in rows):
             vectors = {row.vector_id: row.factors for row in rows if row.needle_set == name}
+            # Every row is reported: nothing is eliminated, and critical dimensions do not matter.
             no_dims = dict.fromkeys(vectors, 0)
             race = Race(no_dims, list(vectors), {}, len(self._needle_sets[name]), EVERYTHING)
             self._scheduler.run(race, vectors, name, self._idle_work.units)

@@ -71,6 +71,7 @@ class Race:
         self._dims = critical_dims
         self._rules = rules
         self._num_samples = num_samples
+        # Hard samples raise the bound of a poor candidate fastest, so they come first.
         self._order = hardest_first(incumbents.values(), num_samples)
         self._scores: dict[str, dict[int, float]] = {id: {} for id in newcomers}
         self._bounds = dict.fromkeys(newcomers, 0.0)
@@ -93,6 +94,7 @@ class Race:
         while self._turns:
             turn = heapq.heappop(self._turns)
             id = turn[-1]
+            # A later turn of the same candidate is in the heap, unless it is closed.
             if id not in self._open or turn != self._turn(id):
                 continue
             scores, pending = self._scores[id], self._pending[id]
@@ -165,6 +167,8 @@ class Race:
             for id, scores in self._scores.items()
             if math.isfinite(self._totals.get(id, math.inf))
         }
+        # The first generation has no incumbents: until one candidate is complete, all that is known
+        # has to do.
         known = [*self.incumbents.values(), *complete.values()] or list(self._scores.values())
         means = [
             _finite_mean(row[s] for row in known if s in row) for s in range(self._num_samples)
@@ -198,6 +202,7 @@ class Race:
         self._totals[id] = self.lower_bound(id)
         self._rank_total(id)
         self._open.discard(id)
+        # A new complete total can lower the k-th best, the bar that the others have to pass.
         if self._rules.racing != "off":
             for other in [other for other in self._open if not self._can_survive(other)]:
                 self._eliminate(other)
@@ -208,6 +213,7 @@ class Race:
 
     def _can_survive(self, id: str) -> bool:
         """Tell whether the top k or the candidate's niche still has a place for its lower bound."""
+        # Only strictly better totals count: a tie may still be won by id.
         bound = self.lower_bound(id)
         if bisect_left(self._ranked, bound) < self._rules.top_k:
             return True

@@ -79,6 +79,7 @@ class Scheduler:
         Raises:
             StoppedError: if scorers cannot go on.
         """
+        # A resumed search, or one that looked ahead, has some of the scores already.
         for id in vectors:
             for sample in range(len(self._needle_sets[needle_set])):
                 if (nll := self.known_nll(id, needle_set, sample)) is not None:
@@ -86,6 +87,7 @@ class Scheduler:
         while not race.finished:
             self._hand_out(chain(self._units(race, vectors, needle_set), later(race)))
             self._to_commit += map(Score.of, self._scorers.wait())
+            # The ledger comes before the race: whatever the race decides can be repeated from it.
             scores = self._commit()
             for score in scores:
                 if score.needle_set == needle_set:
@@ -114,8 +116,9 @@ class Scheduler:
         Raises:
             RunDirError: if storage does not allow it.
         """
+        # The end may have come in the middle of a commit, whose chunk may be whole.
         if self._to_commit:
-            self._ledger.load()  # an end in the middle of a commit: it may be whole
+            self._ledger.load()
         self._to_commit += map(Score.of, self._scorers.flush())
         self._commit()
 
@@ -135,6 +138,7 @@ class Scheduler:
 
     def _hand_out(self, units: Iterable[Unit]) -> None:
         """Give every free scorer a unit that is neither scored nor pending."""
+        # ``units`` is lazy: what no scorer takes now is chosen anew after the next scores.
         free = self._scorers.free()
         if free <= 0:
             return

@@ -62,7 +62,8 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
                     vanished |= not self._run_dir.is_known_corrupt(name)
                     continue
                 self._read(name, body["rows"])
-            # A driver that is not fenced off yet may replace chunks while they are read.
+            # A driver that is not fenced off yet may compact chunks while they are read: their rows
+            # are then in a chunk that the listing did not have.
             if not vanished or names == self._run_dir.names(self._folder):
                 return self
 
@@ -73,6 +74,7 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
             FencedError: if a newer driver owns the run directory.
             RunDirError: if storage fails for longer than the run directory waits.
         """
+        # A unit may come back twice, such as after a stall: one row counts.
         new = {row.key: row for row in rows if row.key not in self._rows}
         if new:
             chunk = self._write(new.values())
@@ -89,6 +91,7 @@ class Ledger(Mapping[Hashable, R], Generic[R]):
         old = sorted(self._chunks)
         if len(old) < 2:
             return
+        # A crash in between leaves rows twice, which ``load`` counts once.
         self._chunks.add(self._write(self._rows.values()))
         self._run_dir.sync_folder(self._folder)
         for name in old:

@@ -78,6 +78,7 @@ class MixedTrainer:
         kernel: str = "sdpa",
         device: torch.device | None = None,
     ) -> None:
+        # Neighbors share a segment, so that their exchange stays inside a node as far as it fits.
         degree = settings.sequence_parallel
         world_size = dist.get_world_size()
         check_parallel(world_size, shape.num_kv_heads, settings)
@@ -95,6 +96,7 @@ class MixedTrainer:
         model.requires_grad_(True).train()
         without_noise(model)
         self._loss = SegmentLoss(model, settings.loss_chunk_tokens)
+        # Other ranks may hold a skeleton on the meta device, which computes nothing.
         if dist.get_rank() == 0:
             require_trainable(self._loss, shape.vocab_size)
         sequence_group = mesh.get_group("sequence") if degree > 1 else None
@@ -123,6 +125,7 @@ class MixedTrainer:
             step: optimizer steps taken before this one.
             segments: this rank's segments, as ``share`` picks them.
         """
+        # The loss is a mean over the targets of the global batch, so they are counted first.
         inputs = [self._inputs(segment) for segment in segments]
         num_targets = {"short": 0.0, "long": 0.0}
         for segment, (_, _, targets) in zip(segments, inputs, strict=True):
@@ -137,12 +140,13 @@ class MixedTrainer:
         for segment, (ids, positions, targets) in zip(segments, inputs, strict=True):
             with self.window(segment):
                 loss = self._loss(ids, positions, targets)
-                # FSDP2 averages gradients over ranks; the loss is a sum over all of them
+                # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
                 (loss * (self._world_size / max(count, 1.0))).backward()
             nll[segment.window] += float(loss.detach())
         norm = nn.utils.clip_grad_norm_(self._loss.parameters(), self._settings.max_grad_norm)
         self.optimizer.step()
 
+        # Each rank knows its own tokens only; one reduction sums what the log reports.
         num_positions = float(sum(targets.numel() for _, _, targets in inputs))
         num_pairs = sum(map(_num_pairs, segments)) / self._settings.sequence_parallel
         short, num_short, long, num_long, num_positions, num_pairs = self._all_reduce(

@@ -126,11 +126,13 @@ class Actors:
 
     def resize(self) -> None:
         """Start actors up to the wanted number; drop those that wait for room that is gone."""
+        # Ray is asked for its nodes every few seconds, not for every result.
         now = time.monotonic()
         if now - self._resized < RESIZE_SECONDS:
             return
         self._resized = now
         wanted = self._num_actors or capacity(self.cluster.nodes(self.draining), self.resources)
+        # Actors that wait for a place would keep an autoscaler's request open; those at work stay.
         waiting = [slot for slot in self.slots.values() if slot.stage == "placing"]
         for slot in waiting[: max(len(self.slots) - wanted, 0)]:
             self.drop(slot)
@@ -139,6 +141,7 @@ class Actors:
             self._num_made += 1
             slot = Slot(name, self._make_actor(name))
             self.slots[name] = slot
+            # The answer comes once Ray has found a place, which may take as long as a new node.
             self.ask(slot, "placing", slot.actor.place.remote())
 
     def ask(self, slot: Slot, stage: Stage, ref: Any) -> None:
@@ -159,6 +162,7 @@ class Actors:
 
     def wait(self) -> None:
         """Wait up to a second for an answer, briefly where none is expected."""
+        # The answer goes back into the queue, for ``answered`` to take it with all others.
         with suppress(Empty):
             self._answers.put(self._answers.get(timeout=1.0 if self._asked else 0.2))
 
@@ -210,12 +214,14 @@ class Actors:
 
     def drop(self, slot: Slot) -> None:
         """Stop an actor and forget it; the next resize starts another one."""
-        with suppress(Exception):  # Ray itself may be gone
+        # Ray itself may be gone.
+        with suppress(Exception):
             ray.kill(slot.actor)
         self.slots.pop(slot.name, None)
         self.idle.pop(slot.name, None)
         for answer in [answer for answer, owner in self._asked.items() if owner is slot]:
             del self._asked[answer]
+        # The next resize is due at once.
         self._resized = -math.inf
 
     def counts(self) -> dict[str, int]:

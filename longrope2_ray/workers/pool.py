@@ -52,9 +52,8 @@ class Pool(Generic[Work, Result]):
     Args:
         actors: the actors that do the work.
         limits: the limits at which a worker is replaced or the run stops.
-        is_doubtful: tells whether a result needs a second opinion. It counts if another worker's
-            result is doubtful too; if not, the other result counts and the first worker is
-            replaced.
+        is_doubtful: tells whether a result needs a second opinion. Where another worker's is not
+            doubtful, that one counts and the first worker is replaced.
     """
 
     def __init__(
@@ -171,6 +170,7 @@ class Pool(Generic[Work, Result]):
 
     def _judge(self, slot: Slot, task: _Task[Work], result: Result) -> None:
         """Accept a result, or ask another worker for a second opinion on a doubtful one."""
+        # A broken device can compute NaN where a sound one computes a number.
         first, task.disputed_by = task.disputed_by, None
         if self._is_doubtful(result) and first is None:
             log.warning("%s gave %s while %s: asking again", slot.name, result, task.work)
@@ -201,6 +201,7 @@ class Pool(Generic[Work, Result]):
         decision, hint = decide(failure, attempts, self._limits, fitted)
         doing = str(task.work) if task else "starting"
         why = reason(failure)
+        # A start that keeps failing does not stop a run that others can finish.
         others_work = task is None and self.actors.some_are_up
         if decision is Decision.STOP and not others_work:
             raise StoppedError(f"{slot.name} failed {doing}: {why} ({hint})")
