@@ -1,4 +1,4 @@
-"""The making of training data as a Ray job.
+"""Make training data as a Ray job.
 
 ray job submit --working-dir . -- python jobs/data.py RECIPE.toml [--run-dir DIR_OR_URL]
 """

@@ -1,4 +1,4 @@
-"""A search as a Ray job.
+"""Run a search as a Ray job.
 
 ray job submit --working-dir . -- python jobs/search.py RECIPE.toml [--run-dir DIR_OR_URL]
 """

@@ -1,4 +1,4 @@
-"""A training as a Ray job.
+"""Run a training as a Ray job.
 
 ray job submit --working-dir . -- python jobs/train.py RECIPE.toml [--run-dir DIR_OR_URL]
 """

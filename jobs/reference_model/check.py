@@ -5,6 +5,7 @@ python jobs/reference_model/check.py [--model bundled:reference] [--samples 40]
 
 import argparse
 import random
+from collections.abc import Iterable
 
 from longrope2_ray.model.loading import load_model, load_tokenizer
 from longrope2_ray.model.spec import read_shape
@@ -21,18 +22,22 @@ METHODS = ("unscaled", "pi", "ntk-aware", "ntk", "llama3", "yarn", "longrope2")
 
 
 class Check:
-    """Scores unseen keys in held-out text at any length, depth and scaling."""
+    """The check of one model: it scores unseen keys in held-out text.
+
+    Args:
+        path: the model, as ``model.path`` in a recipe.
+        threads: CPU threads; torch's own default unless given.
+    """
 
     def __init__(self, path: str, threads: int | None = None):
         section = ModelSection(path=path, dtype="float32", device="cpu")
         self.shape = read_shape(section)
         self.tokenizer = load_tokenizer(section)
         self.scorer = NeedleScorer(load_model(section, threads=threads), self.shape)
-        ids = [
-            self.tokenizer.encode(b.text, add_special_tokens=False)
-            for b in load_books(["bundled:report"])
+        self.books = [
+            self.tokenizer.encode(book.text, add_special_tokens=False)
+            for book in load_books(["bundled:report"])
         ]
-        self.books = ids
 
     def samples(self, length: int, depth: float, count: int, seed: int = 7) -> list[NeedleSample]:
         """Draw ``count`` documents whose keys were kept out of training."""
@@ -58,13 +63,24 @@ class Check:
 
     def score(
         self, method: str, length: int, depth: float, count: int, attention_factor: float = 1.0
-    ):
-        """Return needle perplexity and accuracy of a method without any tuning."""
+    ) -> tuple[float | None, float]:
+        """Return the needle perplexity and the accuracy of a method, without any search.
+
+        The perplexity is None if it is not finite.
+        """
         target = max(length, self.shape.original_length + 1)
         vector = baseline(method, self.shape.geometry, target, attention_factor=attention_factor)
         scores = [self.scorer.score(s, vector) for s in self.samples(length, depth, count)]
         ppl = perplexity(sum(s.nll_sum for s in scores), sum(s.num_tokens for s in scores))
         return ppl, sum(s.correct for s in scores) / count
+
+
+def in_cells(scores: Iterable[tuple[float | None, float]]) -> str:
+    """Return (perplexity, accuracy) pairs as the cells of a table's row."""
+    return " | ".join(
+        f"{'not finite' if ppl is None else f'{ppl:.3f}'} / {accuracy:.0%}"
+        for ppl, accuracy in scores
+    )
 
 
 def main() -> None:
@@ -84,7 +100,7 @@ def main() -> None:
     print(f"| length {window}, unscaled | " + " | ".join(f"depth {d:g}" for d in DEPTHS) + " |")
     print("|---|" + "---|" * len(DEPTHS))
     cells = [check.score("unscaled", window, depth, args.samples) for depth in DEPTHS]
-    print("| | " + " | ".join(f"{ppl:.3f} / {accuracy:.0%}" for ppl, accuracy in cells) + " |\n")
+    print(f"| | {in_cells(cells)} |\n")
     for ratio in (4, 8):
         su = su_attention_factor(ratio, window)
         print(
@@ -97,11 +113,7 @@ def main() -> None:
                 check.score(method, ratio * window, 0.0, args.samples // 2, factor)
                 for factor in (1.0, su)
             ]
-            print(
-                f"| {method} | "
-                + " | ".join(f"{ppl:.3f} / {accuracy:.0%}" for ppl, accuracy in cells)
-                + " |"
-            )
+            print(f"| {method} | {in_cells(cells)} |")
         print(flush=True)
 
 

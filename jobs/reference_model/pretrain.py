@@ -50,7 +50,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 class Documents:
-    """Draws rows of exactly ``window`` tokens, with the weight of each token in the loss."""
+    """The source of training rows: exactly ``window`` tokens, each with its weight in the loss.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: the pre-training texts.
+        window: tokens of a row.
+        full_share: share of the rows that are one retrieval document as long as the window.
+        seed: seed of all that is drawn.
+    """
 
     def __init__(
         self,
@@ -70,15 +78,18 @@ class Documents:
         self.instruction = self.encode(INSTRUCTION)
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without BOS and EOS."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text(self, num_tokens: int) -> list[int]:
+        """Draw a stretch of the texts."""
         start = self.rng.randrange(len(self.stream) - num_tokens)
         return self.stream[start : start + num_tokens].tolist()
 
     def retrieval(self, length: int) -> tuple[list[int], list[float]]:
         """Draw one document: one to three needles, then one question; its answer counts twice."""
         rng, pairs = self.rng, []
+        # Keys outside this set are kept for the check: the model never sees them.
         for _ in range(rng.choice((1, 1, 2, 3))):
             while not seen_in_training(key := draw_key(rng)):
                 pass
@@ -100,15 +111,18 @@ class Documents:
         for start, stop, needle in zip([0, *cuts], [*cuts, room], [*needles, []], strict=True):
             body += filler[start:stop] + needle
         ids = bos + self.instruction + body + tail + answer + eos
+        # The answer stands before the EOS token.
         weights = [1.0] * len(ids)
         for i in range(len(ids) - len(answer) - 1, len(ids) - 1):
             weights[i] = 2.0
         return ids, weights
 
     def plain(self, length: int) -> tuple[list[int], list[float]]:
+        """Draw a stretch of the texts as a document of its own, behind a BOS token."""
         return [self.tokenizer.bos_token_id, *self.text(length - 1)], [1.0] * length
 
     def packed(self) -> tuple[list[int], list[float]]:
+        """Draw short retrieval documents until the window is full, the rest plain text."""
         ids: list[int] = []
         weights: list[float] = []
         while (rest := self.window - len(ids)) >= 100:
@@ -204,7 +218,7 @@ def build_optimizer(model: LlamaForCausalLM, learning_rate: float) -> torch.opti
 
 
 def train(arguments: argparse.Namespace, model: LlamaForCausalLM, documents: Documents) -> None:
-    """Train with a cosine schedule; prints a line every 50 steps, saves every 250."""
+    """Train with a cosine schedule; print a line every 50 steps, and save every 250."""
     optimizer = build_optimizer(model, arguments.lr)
     token_losses = torch.compile(per_token_losses) if arguments.compile else per_token_losses
     warmup = 100
@@ -246,6 +260,7 @@ def per_token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write model and tokenizer to a directory that ``from_pretrained`` reads."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
