@@ -1,12 +1,27 @@
-"""Settings of the whole suite: no test fails because a machine is slow."""
+"""Settings and shared fixtures of the whole suite: no test fails because a machine is slow."""
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# Torch reads it when it is imported, here and in workers. With two threads the tests of tiny models
+# took three times the CPU and on a busy machine five times as long: threads wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Ray reads these when it starts: how often it exports metrics and looks after training workers
+# (instead of every ten and two seconds), and how long these may take to start on a slow machine.
+os.environ |= {
+    "RAY_metrics_report_interval_ms": "1000",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+}
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +35,45 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_on_this_machine() -> Iterator[None]:
-    """One Ray for all tests of this process that need one: starting it takes seconds."""
+def until_the_end() -> Iterator[ExitStack]:
+    """What is closed when the last test is over."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def start_ray(stack: ExitStack) -> None:
+    import ray
+
     from longrope2_ray.workers.connection import ray_session
 
-    with ray_session():
-        yield
+    if not ray.is_initialized():
+        stack.enter_context(ray_session())
+
+
+@pytest.fixture(scope="module")
+def ray_on_this_machine(until_the_end: ExitStack) -> None:
+    """One Ray for all tests of this process that need one: starting it takes seconds.
+
+    It is started again for the next module where one has stopped it (``no_ray``).
+    """
+    start_ray(until_the_end)
+
+
+@pytest.fixture(scope="module")
+def no_ray() -> None:
+    """No Ray in this process, for a module whose own Ray has other settings."""
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_debug_run(until_the_end: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole debug search with two scorers; copy it to change it."""
+    from longrope2_ray.recipe.loading import load_recipe
+    from longrope2_ray.search.job import search
+
+    start_ray(until_the_end)
+    run_dir = tmp_path_factory.mktemp("debug") / "run"
+    search(load_recipe("debug", ["--scorer.num-scorers", "2"]), str(run_dir))
+    return run_dir

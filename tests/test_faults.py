@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from chaos import (
     BIN,
@@ -51,17 +52,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Run:
-    """One search in a directory of its own, started as often as it takes."""
+    """One search in a directory of its own, started as often as it takes, on the Ray at an address."""
 
-    def __init__(self, folder: Path, cluster: Cluster):
-        self.folder, self.cluster, self.place = folder, cluster, folder / "run"
+    def __init__(self, folder: Path, address: str):
+        self.folder, self.address, self.place = folder, address, folder / "run"
         folder.mkdir(exist_ok=True)
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
 
     def start(self, **settings: Any) -> Any:
-        return start_driver(
-            self.place, RECIPE, self.cluster.address, self.chaos, self.log, **settings
-        )
+        return start_driver(self.place, RECIPE, self.address, self.chaos, self.log, **settings)
 
     def wait_for_scores(self, count: int) -> None:
         wait_until(
@@ -80,21 +79,37 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return Run(tmp_path_factory.mktemp("undisturbed"), cluster).finish()
+def undisturbed(finished_debug_run: Path) -> dict[str, bytes]:
+    """What every run ends in: where it runs, and with what patience, is no part of a result."""
+    return outcome(finished_debug_run)
 
 
 @pytest.fixture
-def run(tmp_path: Path, cluster: Cluster) -> Iterator[Run]:
-    run = Run(tmp_path, cluster)
+def local_run(tmp_path: Path, ray_on_this_machine: None) -> Run:
+    """A search on the Ray of the whole suite, of which no part may be killed."""
+    return Run(tmp_path, ray.get_runtime_context().gcs_address)
+
+
+class ClusterRun(Run):
+    """A search on a cluster of its own."""
+
+    def __init__(self, folder: Path, cluster: Cluster):
+        super().__init__(folder, cluster.address)
+        self.cluster = cluster
+
+
+@pytest.fixture
+def run(tmp_path: Path, cluster: Cluster) -> Iterator[ClusterRun]:
+    run = ClusterRun(tmp_path, cluster)
     yield run
     while len(cluster.nodes) < 2:
         cluster.add_node()
 
 
 def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(
-    run: Run, undisturbed: dict[str, bytes]
+    local_run: Run, undisturbed: dict[str, bytes]
 ) -> None:
+    run = local_run
     driver = run.start()
     run.wait_for_scores(8)
     before = committed(run.place)
@@ -109,8 +124,9 @@ def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(
 
 
 def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
-    run: Run, undisturbed: dict[str, bytes]
+    local_run: Run, undisturbed: dict[str, bytes]
 ) -> None:
+    run = local_run
     older = run.start()
     run.wait_for_scores(8)
     older.send_signal(signal.SIGSTOP)  # taken for dead, and back when another one is at work
@@ -133,7 +149,7 @@ def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
 @pytest.mark.long
 @pytest.mark.parametrize("fault", SCORER_FAULTS)
 def test_a_scorer_that_misbehaves_once_changes_nothing(
-    run: Run, undisturbed: dict[str, bytes], fault: str
+    run: ClusterRun, undisturbed: dict[str, bytes], fault: str
 ) -> None:
     if fault == "load-fails":
         run.chaos.order(fault)
@@ -148,7 +164,7 @@ def test_a_scorer_that_misbehaves_once_changes_nothing(
 @pytest.mark.long
 @pytest.mark.parametrize("fault", STORAGE_FAULTS)
 def test_a_storage_that_misbehaves_for_a_while_changes_nothing(
-    run: Run, undisturbed: dict[str, bytes], fault: str
+    run: ClusterRun, undisturbed: dict[str, bytes], fault: str
 ) -> None:
     driver = run.start()
     run.wait_for_scores(6)
@@ -167,7 +183,7 @@ def test_a_storage_that_misbehaves_for_a_while_changes_nothing(
 @pytest.mark.long
 @pytest.mark.parametrize("notice", [True, False], ids=["with drain notice", "without notice"])
 def test_a_node_is_lost_and_another_joins_late(
-    run: Run, undisturbed: dict[str, bytes], notice: bool
+    run: ClusterRun, undisturbed: dict[str, bytes], notice: bool
 ) -> None:
     run.chaos.begin(LINGERS)
     driver = run.start()
@@ -185,7 +201,7 @@ def test_a_node_is_lost_and_another_joins_late(
 
 @pytest.mark.long
 def test_a_node_that_joins_a_running_search_takes_part(
-    run: Run, undisturbed: dict[str, bytes]
+    run: ClusterRun, undisturbed: dict[str, bytes]
 ) -> None:
     run.cluster.lose_node(0)
     wait_until(lambda: len(run.cluster.alive()) == 2, "the head and one node are left")
@@ -203,7 +219,7 @@ def test_a_node_that_joins_a_running_search_takes_part(
 
 
 @pytest.mark.long
-def test_every_scorer_is_gone_for_a_while(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_every_scorer_is_gone_for_a_while(run: ClusterRun, undisturbed: dict[str, bytes]) -> None:
     driver = run.start()
     run.wait_for_scores(6)
     run.cluster.lose_node(0)
@@ -215,7 +231,7 @@ def test_every_scorer_is_gone_for_a_while(run: Run, undisturbed: dict[str, bytes
 
 
 @pytest.mark.long
-def test_the_head_is_restarted(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_the_head_is_restarted(run: ClusterRun, undisturbed: dict[str, bytes]) -> None:
     driver = run.start()
     run.wait_for_scores(6)
     run.cluster.restart_head(nodes=2)
@@ -224,7 +240,9 @@ def test_the_head_is_restarted(run: Run, undisturbed: dict[str, bytes]) -> None:
 
 
 @pytest.mark.long
-def test_a_driver_is_killed_at_random_points(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_a_driver_is_killed_at_random_points(
+    run: ClusterRun, undisturbed: dict[str, bytes]
+) -> None:
     rng = random.Random(0)
     for goal in sorted(rng.sample(range(1, 40), 3)):
         driver = run.start()
@@ -236,7 +254,7 @@ def test_a_driver_is_killed_at_random_points(run: Run, undisturbed: dict[str, by
 
 @pytest.mark.long
 def test_clocks_that_are_off_by_days_change_nothing(
-    run: Run, undisturbed: dict[str, bytes]
+    run: ClusterRun, undisturbed: dict[str, bytes]
 ) -> None:
     driver = run.start(clock_seconds=3 * 86400.0)
     run.wait_for_scores(10)
@@ -250,7 +268,7 @@ def test_clocks_that_are_off_by_days_change_nothing(
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_files_that_are_torn_flipped_or_missing_are_made_again(
-    run: Run, undisturbed: dict[str, bytes], seed: int
+    run: ClusterRun, undisturbed: dict[str, bytes], seed: int
 ) -> None:
     rng = random.Random(seed)
     driver = run.start()
@@ -295,7 +313,7 @@ def as_in_a_pod(line: str, folder: Path, address: str, **narrower: str) -> subpr
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill (procps) is not installed")
 def test_a_head_that_is_stopped_lets_its_driver_end(
-    run: Run, undisturbed: dict[str, bytes]
+    run: ClusterRun, undisturbed: dict[str, bytes]
 ) -> None:
     command = shlex.join(["jobs/search.py", *RECIPE, "--run-dir", str(run.place)])
     environment = {
@@ -320,7 +338,9 @@ def test_a_head_that_is_stopped_lets_its_driver_end(
 
 
 @pytest.mark.long
-def test_a_worker_that_is_stopped_gives_notice(run: Run, undisturbed: dict[str, bytes]) -> None:
+def test_a_worker_that_is_stopped_gives_notice(
+    run: ClusterRun, undisturbed: dict[str, bytes]
+) -> None:
     run.chaos.begin(LINGERS)
     driver = run.start()
     wait_until(lambda: len(scored_by(run.place)) == 2, "both nodes score")

@@ -42,6 +42,12 @@ def progress_bar() -> tuple["Progress", "TaskID"]:
     return progress, task
 
 
+def stop_bar(progress: "Progress") -> None:
+    """Stop a bar; one that was never shown would print an empty line."""
+    if progress.live.is_started:
+        progress.stop()
+
+
 class ProgressBar:
     """Observer of a search that shows generations, units, the best candidate and the ETA."""
 
@@ -61,7 +67,7 @@ class ProgressBar:
 
     def stop(self) -> None:
         """Leave the terminal as it was."""
-        self._progress.stop()
+        stop_bar(self._progress)
 
 
 def format_best(status: Status) -> str:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from longrope2_ray.report.progress import format_seconds, progress_bar
+from longrope2_ray.report.progress import format_seconds, progress_bar, stop_bar
 from longrope2_ray.report.trainings import RECENT_STEPS, eta_seconds
 from longrope2_ray.training.records import LoggedStep
 
@@ -44,7 +44,7 @@ class TrainObserver:
 
     def stop(self) -> None:
         """Leave the terminal as it was."""
-        self._progress.stop()
+        stop_bar(self._progress)
 
 
 def _rounded(value: Any) -> Any:

@@ -1,15 +1,13 @@
 """The commands as a user meets them: what they print, and one clear line for every mistake."""
 
 import json
-import os
 import shlex
 import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import ray
 from tiny_models import save_tiny
 
 import longrope2_ray
@@ -19,6 +17,7 @@ from longrope2_ray.search import job as search_job
 from longrope2_ray.search.preparation import open_run, prepare
 from longrope2_ray.search.scores import NeedleSummary
 from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.workers import connection
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "published_factors.json").read_text())[
     "vectors"
@@ -307,49 +306,29 @@ def test_a_run_directory_of_another_recipe_is_refused_by_field(capsys, tmp_path)
     assert "needles.seed is 0 there and 5 now" in message
 
 
-def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "longrope2_ray", *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+def test_an_unreachable_ray_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    message = mistake(capsys, "search", "debug", "--run-dir", str(tmp_path / "run"))
+    assert "RAY_ADDRESS: expected a reachable Ray cluster at '127.0.0.1:1'" in message
 
 
-def test_an_unreachable_ray_says_so(tmp_path):
-    result = run_command(
-        "search", "debug", "--run-dir", str(tmp_path / "run"), RAY_ADDRESS="127.0.0.1:1"
-    )
-    assert result.returncode == 2
-    assert "RAY_ADDRESS" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_something_else_that_listens_at_the_address_is_given_up(tmp_path):
-    program = (
-        "import sys; from longrope2_ray.cli import main; "
-        "from longrope2_ray.workers import connection; "
-        "connection.CONNECT_SECONDS = 2.0; sys.exit(main(sys.argv[1:]))"
-    )
+def test_something_else_that_listens_at_the_address_is_given_up(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        result = subprocess.run(
-            [sys.executable, "-c", program, "search", "debug", "--run-dir", str(tmp_path / "run")],
-            capture_output=True, text=True, check=False, timeout=120,
-            env={**os.environ, "RAY_ADDRESS": address},
-        )  # fmt: skip
-    assert result.returncode == 2
-    assert (
-        f"RAY_ADDRESS: expected a Ray cluster at '{address}', got no answer of one in 2 s"
-        in result.stderr
-    )
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        message = mistake(capsys, "search", "debug", "--run-dir", str(tmp_path / "run"))
+    expected = f"RAY_ADDRESS: expected a Ray cluster at '{address}', got no answer of one in 2 s"
+    assert expected in message
 
 
-def test_more_gpus_than_there_are_says_so(tmp_path):
-    result = run_command(
-        "search", "debug", "--run-dir", str(tmp_path / "run"), "--scorer.cpus-per-scorer", "1000"
-    )
-    assert result.returncode == 2
-    assert "scorer.cpus_per_scorer" in result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.usefixtures("ray_on_this_machine")
+def test_more_gpus_than_there_are_says_so(capsys, tmp_path):
+    there = ("--run-dir", str(tmp_path / "run"))
+    message = mistake(capsys, "search", "debug", *there, "--scorer.cpus-per-scorer", "1000")
+    assert "scorer.cpus_per_scorer" in message
 
 
 def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tmp_path):
@@ -368,24 +347,18 @@ def test_a_model_that_cannot_see_as_far_is_refused_before_its_weights(capsys, tm
     assert "window of 40" in said
 
 
-def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(tmp_path):
+@pytest.mark.usefixtures("ray_on_this_machine")
+def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(capsys, tmp_path):
     vector = next(v for v in PUBLISHED if v["id"] == "mistral-7b_256k_on-128k-ft")["long_factor"]
     (tmp_path / "config.json").write_text(
         json.dumps({"rope_scaling": {"long_factor": vector[:32]}})
     )
-    result = run_command(
-        "score",
-        "debug",
-        "--factors",
-        str(tmp_path / "config.json"),
-        "--report.num-samples",
-        "2",
-        "--json",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    body = json.loads(result.stdout)
+    options = ["--factors", str(tmp_path / "config.json"), "--report.num-samples", "2", "--json"]
+    assert main(["score", "debug", *options]) == 0
+    said = capsys.readouterr()
+    body = json.loads(said.out)
     assert not body["monotone"]
-    assert "not monotone" in result.stderr
+    assert "not monotone" in said.err
     assert len(body["nll_per_sample"]) == 2
     assert body["ppl"] > 1
 
@@ -460,17 +433,20 @@ def test_a_model_without_factors_is_not_scored_without_any(capsys):
     assert "got none, and the model at bundled:reference carries no factors" in message
 
 
-def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_the_same(tmp_path):
+@pytest.mark.usefixtures("ray_on_this_machine")
+def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_the_same(
+    capsys, tmp_path
+):
     trained, run_dir = [1 + 3 * i / 31 for i in range(32)], str(tmp_path / "run")
-    result = run_command(
+    search = [
         "search", "debug", "--run-dir", run_dir, "--search.preset", "longrope",
         "--search.target-length", "128", "--search.starts", json.dumps(["unscaled", trained]),
         "--search.tail-bounds", "[1, 4]", "--search.start-tokens", "[8]",
         "--search.population-size", "4", "--search.iterations", "0",
         "--report.methods", '["unscaled", "longrope2"]',
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "The first 8 positions keep the original RoPE." in result.stdout
+    ]  # fmt: skip
+    assert main(search) == 0
+    assert "The first 8 positions keep the original RoPE." in capsys.readouterr().out
     winner = json.loads((tmp_path / "run" / "winner.json").read_text())
     assert (winner["start_tokens"], winner["target_length"], winner["original_length"]) == (
         8,
@@ -478,13 +454,11 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
         256,
     )
     winner_file = f"{run_dir}/winner.json"
-    again = run_command(
-        "score", "debug", "--report.lengths", "[128, 256]", "--factors", winner_file, "--json"
-    )
-    assert again.returncode == 0, again.stderr[-2000:]
+    options = ["--report.lengths", "[128, 256]", "--factors", winner_file, "--json"]
+    assert main(["score", "debug", *options]) == 0
     reported = next(row for row in winner["report"] if row["method"] == "longrope2")
     # One line for each length of the report, in its order.
-    at_128, at_256 = map(json.loads, again.stdout.splitlines())
+    at_128, at_256 = map(json.loads, capsys.readouterr().out.splitlines())
     assert at_128["nll_per_sample"] == pytest.approx(reported["nll_per_sample"], rel=1e-4)
     assert (at_128["needle_set"], at_256["needle_set"]) == ("report@128", "report@256")
     assert at_256["nll_per_sample"] != at_128["nll_per_sample"]

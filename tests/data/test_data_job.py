@@ -21,7 +21,6 @@ from longrope2_ray.data.shards import SegmentReader
 from longrope2_ray.data.tokenizing import TOKENS, token_shard
 from longrope2_ray.errors import RunDirError
 from longrope2_ray.recipe.recipe import Recipe
-from longrope2_ray.workers.connection import ray_session
 
 WORDS = [
     "and",
@@ -47,12 +46,6 @@ def texts_of(count: int, num_words: tuple[int, int], seed: int) -> list[str]:
 
 
 SHORT, LONG = texts_of(60, (5, 40), 0), texts_of(8, (200, 600), 1)
-
-
-@pytest.fixture(scope="module")
-def session():
-    with ray_session():
-        yield
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def hashes(run_dir: Path) -> dict[str, int]:
 
 
 def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
-    session, corpus, tmp_path
+    ray_on_this_machine, corpus, tmp_path
 ):
     run = tmp_path / "run"
     told: list[tuple[str, int, int]] = []
@@ -153,7 +146,9 @@ def test_counts_add_up_and_other_files_or_a_resume_give_the_same_segments(
         prepare_data(recipe_of(corpus, seed=5), str(run))
 
 
-def test_too_few_documents_are_told_and_a_lower_quota_goes_on(session, corpus, tmp_path):
+def test_too_few_documents_are_told_and_a_lower_quota_goes_on(
+    ray_on_this_machine, corpus, tmp_path
+):
     with pytest.raises(ValueError, match=r"data\.bands: too few documents") as caught:
         made(recipe_of(corpus, short_tokens=90000), tmp_path / "run")
     told = str(caught.value).splitlines()[1:]
@@ -165,7 +160,9 @@ def test_too_few_documents_are_told_and_a_lower_quota_goes_on(session, corpus, t
     assert tokens.stat().st_mtime_ns == before
 
 
-def test_text_in_pieces_and_a_mistake_in_a_later_file(session, corpus, tmp_path, capsys):
+def test_text_in_pieces_and_a_mistake_in_a_later_file(
+    ray_on_this_machine, corpus, tmp_path, capsys
+):
     (corpus / "long.txt").write_text("\n".join(LONG) + "\n\n" + LONG[0])
     text = {
         "name": "text",

@@ -163,7 +163,7 @@ def shipped_config(folder: Path, ray_folder: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(no_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Ray, and a Prometheus of its own that scrapes it."""
     folder, ray_folder = (
         tmp_path_factory.mktemp("prometheus"),

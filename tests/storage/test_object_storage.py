@@ -40,6 +40,8 @@ from longrope2_ray.model.fingerprint import model_fingerprint
 from longrope2_ray.model.loading import load_model, load_tokenizer
 from longrope2_ray.model.source import find_model
 from longrope2_ray.model.spec import read_shape
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.search.job import search
 from longrope2_ray.search.scores import Score, scores_of
 from longrope2_ray.storage.assets import ASSETS
 from longrope2_ray.storage.rundir import RunDir
@@ -49,7 +51,7 @@ from longrope2_ray.workers.connection import ray_session
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SMALL = ["--search.critical-dims", "[10, 11]", "--search.population-size", "4", "--search.num-children", "2",
+SMALL = ["--search.critical-dims", "[10, 11]", "--search.population-size", "4", "--search.num-offspring", "2",
          "--search.top-k", "2", "--needles.num-samples", "2", "--report.num-samples", "1",
          "--scorer.num-scorers", "1"]  # fmt: skip
 MOST_SECONDS = 900  # for what waits: the machine may be slow and others at work on it
@@ -75,7 +77,8 @@ def bucket(server: psutil.Process) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(server: psutil.Process) -> Iterator[None]:
+def ray_beside_the_server(no_ray: None, server: psutil.Process) -> Iterator[None]:
+    """A Ray whose workers find the S3 server: they have the environment in which it starts."""
     with ray_session():
         yield
 
@@ -274,10 +277,10 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: psutil.Process, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(ray_on_this_machine: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small search in a local directory."""
     folder = tmp_path_factory.mktemp("local") / "run"
-    run("search", "debug", "--run-dir", str(folder), *SMALL)
+    search(load_recipe("debug", SMALL), str(folder))
     return folder
 
 
@@ -287,8 +290,8 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
     bucket: str, undisturbed: Path
 ) -> None:
     url = f"{bucket}/run"
-    search = ("search", "debug", "--run-dir", url, *SMALL)
-    first = longrope2(*search)
+    command = ("search", "debug", "--run-dir", url, *SMALL)
+    first = longrope2(*command)
     wait_until(
         lambda: (
             first.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 3
@@ -299,7 +302,7 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
     assert "winner.json" not in files(url)
     kept = len(ledger_of(RunDir(url)))
     assert kept >= 3
-    output = run(*search)
+    output = run(*command)
     assert f"resuming {url}" in output
     assert (
         another_client().cat_file(f"{url}/winner.json")
@@ -314,23 +317,23 @@ def test_a_search_waits_for_storage_that_does_not_answer(
     """The server is stopped, not closed: connections hang. The model lies there too."""
     fsspec.filesystem("s3").put(str(ASSETS / "reference"), f"{bucket}/model", recursive=True)
     url = f"{bucket}/run"
-    search = longrope2(
+    driver = longrope2(
         "search", "debug", "--run-dir", url, "--model.path", f"{bucket}/model", *SMALL
     )
     wait_until(
         lambda: (
-            search.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 2
+            driver.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 2
         )
     )
-    assert search.poll() is None, "it ended before storage could stall"
+    assert driver.poll() is None, "it ended before storage could stall"
     server.suspend()
     try:
-        time.sleep(10)
-        assert search.poll() is None, search.communicate()[0][-3000:]
+        time.sleep(5)
+        assert driver.poll() is None, driver.communicate()[0][-3000:]
     finally:
         server.resume()
-    output, _ = search.communicate(timeout=MOST_SECONDS)
-    assert search.returncode == 0, output[-3000:]
+    output, _ = driver.communicate(timeout=MOST_SECONDS)
+    assert driver.returncode == 0, output[-3000:]
     assert (
         another_client().cat_file(f"{url}/winner.json")
         == (undisturbed / "winner.json").read_bytes()
@@ -360,7 +363,7 @@ def train(recipe: Any, url: str) -> tuple[list[dict[str, Any]], Mapping[str, tor
 
 @pytest.mark.long
 @pytest.mark.timeout(2 * MOST_SECONDS)
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_beside_the_server")
 def test_a_training_whose_worker_is_killed_and_whose_bucket_stalls_ends_in_the_bits_of_a_local_one(
     tmp_path: Path, server: psutil.Process, bucket: str, model_dir: str
 ) -> None:

@@ -4,15 +4,16 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec.core
 import psutil
@@ -48,16 +49,18 @@ from longrope2_ray.training.records import (
     stop_message,
     training_dir,
 )
-from longrope2_ray.workers.connection import ray_session
 
 ROOT = Path(__file__).parents[2]
-NUM_COSINES = 8
+SETTINGS: dict[str, Any] = {"max_steps": 30, "checkpoint_steps": 4}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_session():
-        yield
+class Whole(NamedTuple):
+    """A training that ended: its recipe and run directory, the logged steps, the weights."""
+
+    recipe: Recipe
+    folder: Path
+    rows: list[Mapping[str, Any]]
+    weights: dict[str, torch.Tensor]
 
 
 def opened(recipe: Recipe, folder: Path) -> tuple[TrainingJob, RunDir, bool]:
@@ -79,22 +82,49 @@ def trained(
     return rows, {name: tensor.clone() for name, tensor in weights.items()}
 
 
+@pytest.fixture(scope="module")
+def whole(
+    ray_on_this_machine: None, model_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    """A training that nothing disturbed."""
+    recipe = recipe_of(model_dir, **SETTINGS)
+    folder = prepared_dir(tmp_path_factory.mktemp("whole"))
+    return Whole(recipe, folder, *trained(recipe, folder))
+
+
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
-def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_everywhere(
-    tmp_path: Path, model_dir: str
+def test_a_training_lowers_the_loss_and_its_model_loads_everywhere(
+    tmp_path: Path, whole: Whole, model_dir: str
 ) -> None:
+    rows = whole.rows
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
+    place = str(whole.folder / "train" / "model")
+    assert (
+        read_shape(section(place)).geometry == read_shape(section(model_dir)).geometry
+    )  # as the base model, both windows pinned from there
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
+    rope = theirs.config.rope_parameters
+    yarn = find_factors(whole.recipe, read_shape(section(model_dir)), RunDir(str(tmp_path)))
+    assert rope["rope_type"] == "longrope"
+    assert rope["long_factor"] == yarn.values.tolist()
+    assert set(rope["short_factor"]) == {1.0}
+    assert theirs.config.max_position_embeddings == LENGTH
+    ids = torch.arange(3, 43)[None]
+    base = load_model(section(place))
+    assert torch.allclose(theirs(ids).logits, base(ids).logits, atol=1e-5)
+    untrained = load_model(section(model_dir))
+    assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
+
+
+@pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whole: Whole) -> None:
     """First the command is killed with -9, then a worker of the next: each between two checkpoints.
 
     A bit of the newest checkpoint flips in the meantime, and Ray's own notes are torn.
     """
-    recipe = recipe_of(model_dir, max_steps=30, checkpoint_steps=4)
-    rows, weights = trained(recipe, prepared_dir(tmp_path / "whole"))
-    assert [row["step"] for row in rows] == list(range(1, 31))
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert all(row["tokens_per_second"] > 0 and row["model_tflops_per_second"] > 0 for row in rows)
-
-    folder = prepared_dir(tmp_path / "killed")
+    folder, recipe = prepared_dir(tmp_path / "killed"), whole.recipe
     (tmp_path / "test.toml").write_text(
         tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
     )
@@ -147,24 +177,8 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one_and_its_model_loads_
         assert (again_at == written[step]) is (step == steps[1]), (
             "it did not go on from the older checkpoint"
         )
-    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
-    assert all(torch.equal(weights[name], same[name]) for name in weights)
-
-    place = str(tmp_path / "whole" / "train" / "model")
-    # The geometry is the base model's: both windows are pinned from there.
-    assert read_shape(section(place)).geometry == read_shape(section(model_dir)).geometry
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
-    rope = theirs.config.rope_parameters
-    yarn = find_factors(recipe, read_shape(section(model_dir)), RunDir(str(tmp_path)))
-    assert rope["rope_type"] == "longrope"
-    assert rope["long_factor"] == yarn.values.tolist()
-    assert set(rope["short_factor"]) == {1.0}
-    assert theirs.config.max_position_embeddings == LENGTH
-    ids = torch.arange(3, 43)[None]
-    base = load_model(section(place))
-    assert torch.allclose(theirs(ids).logits, base(ids).logits, atol=1e-5)
-    untrained = load_model(section(model_dir))
-    assert not torch.allclose(base(ids).logits, untrained(ids).logits, atol=1e-3)
+    assert [without_times(row) for row in again] == [without_times(row) for row in whole.rows]
+    assert all(torch.equal(whole.weights[name], same[name]) for name in whole.weights)
 
 
 def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
@@ -176,15 +190,14 @@ def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
-def test_a_finished_or_foreign_training_is_recognized(tmp_path: Path, model_dir: str) -> None:
-    folder = prepared_dir(tmp_path)
-    recipe = recipe_of(model_dir, max_steps=2)
-    trained(recipe, folder)
+def test_a_finished_or_foreign_training_is_recognized(
+    tmp_path: Path, whole: Whole, model_dir: str
+) -> None:
+    folder, recipe = shutil.copytree(whole.folder, tmp_path / "run"), whole.recipe
     job, train_dir, resumed = opened(recipe, folder)
     assert resumed
     result = read_result(train_dir)
-    assert result.step == 2
+    assert result.step == 30
     assert result.factors.values.tolist() == job.factors.values.tolist()
     written = train_dir.read_json("result.json")
     assert written == json.loads(json.dumps(result.to_json()))
@@ -194,7 +207,7 @@ def test_a_finished_or_foreign_training_is_recognized(tmp_path: Path, model_dir:
         ({"factors": "ntk"}, r"train\.factors|fingerprint of factors"),
     ):
         with pytest.raises(RunDirError, match=what):
-            opened(recipe_of(model_dir, max_steps=2, **changes), folder)
+            opened(recipe_of(model_dir, **{**SETTINGS, **changes}), folder)
     # A torn run.json: nothing says which run the checkpoints belong to.
     (folder / "train" / "run.json").write_text("{")
     with pytest.raises(RunDirError, match=r"holds steps/.* no readable run\.json"):
@@ -257,7 +270,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_on_this_machine")
 def test_what_will_not_mend_stops_the_command_with_its_reason(
     tmp_path: Path, model_dir: str
 ) -> None:
@@ -275,7 +288,7 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_on_this_machine")
 def test_a_newer_command_on_the_same_training_fences_the_older_one_off(
     tmp_path: Path, model_dir: str
 ) -> None:
@@ -402,7 +415,7 @@ def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Pat
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_on_this_machine")
 def test_a_training_waits_for_room_for_its_checkpoints(
     tmp_path: Path, model_dir: str, disk: Path
 ) -> None:
@@ -438,7 +451,7 @@ def test_the_command_says_what_is_missing_in_one_line(
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_on_this_machine")
 def test_too_many_workers_and_uneven_splits_are_refused_before_they_start(
     tmp_path: Path, model_dir: str
 ) -> None:
