@@ -41,6 +41,7 @@ RESERVED_FOLDERS = (
     GENERATIONS_FOLDER,
     SCORES_FOLDER,
 )
+_PRINT = "fingerprint of "
 _FILE_SUFFIXES = (".json", ".toml", ".html", ".png")
 
 
@@ -68,7 +69,8 @@ def require_same_run(url: str, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         RunDirError: if it does; the message names the first field that differs.
     """
-    for field in sorted({*found, *wanted}):
+    # A fingerprint may follow from a field: the field, which a person can put back, comes first.
+    for field in sorted({*found, *wanted}, key=lambda name: (name.startswith(_PRINT), name)):
         old, new = found.get(field), wanted.get(field)
         if old != new:
             raise RunDirError(
@@ -185,7 +187,7 @@ class RunDir(Files):
 
 def _flat_identity(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return field -> value of the identity in a ``run.json``, fingerprints among the fields."""
-    prints = {f"fingerprint of {name}": value for name, value in body["fingerprints"].items()}
+    prints = {f"{_PRINT}{name}": value for name, value in body["fingerprints"].items()}
     return {**body["recipe"], **prints}
 
 
