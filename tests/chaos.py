@@ -1,6 +1,8 @@
-"""Faults for tests: a small real Ray cluster whose parts can be killed, and the real command with faults on demand in it.
+"""Faults for tests: a small real Ray cluster whose parts can be killed, and the real command with
+faults on demand in it.
 
-As a script it is ``longrope2`` itself, with scorers and storage that misbehave when a file in ``$CHAOS_DIR`` says so:
+As a script it is ``longrope2`` itself, with scorers and storage that misbehave when a file in
+``$CHAOS_DIR`` says so:
 
     CHAOS_DIR=/tmp/c python tests/chaos.py search debug --run-dir /tmp/run
 """
@@ -44,11 +46,13 @@ LINGERS = "lingers"  # no fault: a unit takes a second longer, so that there is 
 GRACE_SECONDS = 30.0  # that the manifests leave a driver after SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
 
 
-# --------------------------------------------------------------------------------------- inside driver and scorers
+# --------------------------------------------------------------------------------------- inside
+# driver and scorers
 
 
 def take(folder: str, fault: str) -> bool:
-    """Whether somebody ordered this fault; one order is one fault, however many could take it, unless it lasts."""
+    """Whether somebody ordered this fault; one order is one fault, however many could take it,
+    unless it lasts."""
     order, taken = Path(folder) / fault, Path(folder) / f"{fault}.{uuid.uuid4().hex[:8]}.taken"
     if Path(f"{order}.lasts").exists():
         taken.touch()
@@ -61,7 +65,8 @@ def take(folder: str, fault: str) -> bool:
 
 
 def misbehaving(folder: str) -> None:
-    """Put scorers and storage that misbehave on order in place of the real ones, which they otherwise are."""
+    """Put scorers and storage that misbehave on order in place of the real ones, which they
+    otherwise are."""
     import ray
 
     from longrope2_ray.search import job
@@ -81,7 +86,8 @@ def misbehaving(folder: str) -> None:
         write_once(self, target, data)
 
     Files._write_once = misbehaving_write  # type: ignore[method-assign]
-    job.ScorerSetup = lambda *arguments: MisbehavingSetup(folder, ScorerSetup(*arguments))  # type: ignore[misc, assignment]
+    real: Any = job
+    real.ScorerSetup = lambda *arguments: MisbehavingSetup(folder, ScorerSetup(*arguments))
 
 
 class MisbehavingSetup:
@@ -117,7 +123,8 @@ def skew_clock(seconds: float) -> None:
     time.time = lambda: real() + rng.uniform(-seconds, seconds)
 
 
-# ------------------------------------------------------------------------------------------------------ from outside
+# -------------------------------------------------------------------------------------------------
+# from outside
 
 
 class Chaos:
@@ -283,8 +290,15 @@ class Cluster:
                 "the node can be drained",
             )
         if notice and node.poll() is None:  # else it went by itself
-            drain = [str(BIN / "ray"), "drain-node", f"--address={self.address}", f"--node-id={self.node_id(node)}",
-                     "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=5"]  # fmt: skip
+            drain = [
+                str(BIN / "ray"),
+                "drain-node",
+                f"--address={self.address}",
+                f"--node-id={self.node_id(node)}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message=spot",
+                "--deadline-remaining-seconds=5",
+            ]
             subprocess.run(
                 drain, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120
             )
@@ -300,7 +314,8 @@ class Cluster:
         return None
 
     def restart_head(self, nodes: int) -> None:
-        """The head goes without a word, its nodes after it, and another cluster comes up at the same address."""
+        """The head goes without a word, its nodes after it, and another cluster comes up
+        at the same address."""
         kill_tree(self.head)
         for node in self.nodes:
             kill_tree(node)
@@ -313,7 +328,8 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------- the run directory
+# -------------------------------------------------------------------------------------------------
+# the run directory
 
 
 def damage(run_dir: Path | str, rng: random.Random) -> str:
@@ -340,7 +356,8 @@ def damage(run_dir: Path | str, rng: random.Random) -> str:
 
 
 def outcome(run_dir: Path | str) -> dict[str, bytes]:
-    """What has to be the same in the end: the winner and every generation, the final population among them."""
+    """What has to be the same in the end: the winner and every generation, the final
+    population among them."""
     place = run_dir_of(run_dir)
     return {
         name: bytes((place.path / name).read_bytes())
@@ -354,7 +371,8 @@ Units = list[tuple[str, str]]
 def committed(
     run_dir: Path | str, known: dict[str, Units] | None = None
 ) -> Counter[tuple[str, str]]:
-    """How often each unit stands in the ledger's whole segments; those in ``known`` are not read again."""
+    """How often each unit stands in the ledger's whole segments; those in ``known`` are not
+    read again."""
     place, known = run_dir_of(run_dir), {} if known is None else known
     names = place.names("scores")
     for name in names:

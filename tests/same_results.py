@@ -1,6 +1,7 @@
 """How a refactor proves itself: the same winners and the same trained weights as another commit.
 
-    python tests/same_results.py COMMIT          # debug and demo searches, and the training of debug
+    python tests/same_results.py COMMIT          # debug and demo searches, and the training of
+    debug
 
 Both versions run the recipes of their own checkout, one after the other, on this machine. The exit
 status is 1 if a file differs.

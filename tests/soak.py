@@ -1,12 +1,14 @@
-"""The proof that nothing is lost: demo-size searches under random faults, each compared with an undisturbed one.
+"""The proof that nothing is lost: demo-size searches under random faults, each compared with an
+undisturbed one.
 
-    python tests/soak.py --searches 50 --seed 0 --log runs/soak.jsonl
-    python tests/soak.py --searches 10 --seed 0 --log runs/soak_s3.jsonl --s3     # run directories in a bucket (moto)
+    python tests/soak.py --searches 50 --seed 0 --log runs/soak.jsonl python tests/soak.py
+    --searches 10 --seed 0 --log runs/soak_s3.jsonl --s3     # run directories in a bucket (moto)
 
-Every search meets two to four faults at random moments. It is started again whenever its driver is gone, and in the end
-its winner and every generation must be the same bytes, no unit may stand in the ledger twice, and none that was ever
-seen there may be missing unless its file was damaged on purpose. A driver that is terminated must say so by its exit
-code, and in time. Run again with the same log, it goes on.
+Every search meets two to four faults at random moments. It is started again whenever its driver is
+gone, and in the end its winner and every generation must be the same bytes, no unit may stand in
+the ledger twice, and none that was ever seen there may be missing unless its file was damaged on
+purpose. A driver that is terminated must say so by its exit code, and in time. Run again with the
+same log, it goes on.
 """
 
 import argparse
@@ -44,11 +46,21 @@ from chaos import (
     wait_until,
 )
 
-# The demo's search; of its tables one row of each kind, since a fault in 441 units of a table is no other fault.
+# The demo's search; of its tables one row of each kind, since a fault in 441 units of a table is
+# no other fault.
 RECIPE = [
-    "demo", "--report.methods", '["yarn", "longrope2"]', "--report.num-samples", "4", "--report.attention-factors", "[1.0]",
-    "--scorer.stall-seconds", "20", "--storage.patience-seconds", "300",
-]  # fmt: skip
+    "demo",
+    "--report.methods",
+    '["yarn", "longrope2"]',
+    "--report.num-samples",
+    "4",
+    "--report.attention-factors",
+    "[1.0]",
+    "--scorer.stall-seconds",
+    "20",
+    "--storage.patience-seconds",
+    "300",
+]
 BUCKET = "soak"
 PATIENCE_SECONDS = 1800.0  # for one search
 
@@ -87,7 +99,8 @@ class Search:
         return int(self.driver.wait(timeout=300))
 
     def follow(self, done: Callable[[int], bool]) -> bool:
-        """Until ``done(units)``, starting the driver again when it is gone; False if the search has ended before."""
+        """Until ``done(units)``, starting the driver again when it is gone; False if the
+        search has ended before."""
         began = time.monotonic()
         while not done(self.look()):
             if self.driver.poll() == 0:
@@ -155,8 +168,13 @@ class Search:
 
     def driver_is_terminated(self) -> str:
         process = self.driver.pid
-        wait_until(lambda: self.driver.poll() is not None
-                   or any(claim["process"] == process for claim in claims(self.place).values()), "it is at work")  # fmt: skip
+        wait_until(
+            lambda: (
+                self.driver.poll() is not None
+                or any(claim["process"] == process for claim in claims(self.place).values())
+            ),
+            "it is at work",
+        )
         if self.driver.poll() is not None:
             return f"it had ended with {self.driver.poll()}"
         self.driver.send_signal(signal.SIGTERM)
@@ -198,10 +216,19 @@ class Search:
 
 
 FAULTS = [
-    Search.scorer_is_killed, Search.scorer_misbehaves, Search.storage_misbehaves, Search.node_is_lost, Search.node_joins,
-    Search.all_nodes_are_lost, Search.driver_is_killed, Search.driver_is_terminated, Search.second_driver_starts,
-    Search.head_is_restarted, Search.clock_is_off, Search.files_are_damaged,
-]  # fmt: skip
+    Search.scorer_is_killed,
+    Search.scorer_misbehaves,
+    Search.storage_misbehaves,
+    Search.node_is_lost,
+    Search.node_joins,
+    Search.all_nodes_are_lost,
+    Search.driver_is_killed,
+    Search.driver_is_terminated,
+    Search.second_driver_starts,
+    Search.head_is_restarted,
+    Search.clock_is_off,
+    Search.files_are_damaged,
+]
 FAULTS_IN_A_BUCKET = [*FAULTS, Search.storage_stalls, Search.storage_stalls]
 
 
@@ -298,9 +325,12 @@ def run(args: argparse.Namespace, server: psutil.Process | None) -> int:
     right = sum(not bad(row) for row in rows)
     same = sum(row["same_bytes"] for row in rows)
     faults = Counter(fault.split(" ")[0] for row in rows for fault in row["faults"])
-    print(f"{same} of {len(rows)} byte-identical, {sum(r['units_lost'] for r in rows)} units lost, "
-          f"{sum(r['units_committed_twice'] for r in rows)} committed twice, "
-          f"{sum(len(r.get('wrong_ends', [])) for r in rows)} wrong exit codes; faults: {dict(faults)}")  # fmt: skip
+    wrong_ends = sum(len(row.get("wrong_ends", [])) for row in rows)
+    print(
+        f"{same} of {len(rows)} byte-identical, {sum(r['units_lost'] for r in rows)} units lost, "
+        f"{sum(r['units_committed_twice'] for r in rows)} committed twice, "
+        f"{wrong_ends} wrong exit codes; faults: {dict(faults)}"
+    )
     return 0 if right == len(rows) else 1
 
 

@@ -1,4 +1,5 @@
-"""What a run must survive, on real Ray processes: every test ends in the bytes of a run that nobody disturbed.
+"""What a run must survive, on real Ray processes: every test ends in the bytes of a run that
+nobody disturbed.
 
     python -m pytest -m "long or not long" tests/test_faults.py tests/workers      # all of them
 
@@ -52,7 +53,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Run:
-    """One search in a directory of its own, started as often as it takes, on the Ray at an address."""
+    """One search in a directory of its own, started as often as it takes, on the Ray at an
+    address."""
 
     def __init__(self, folder: Path, address: str):
         self.folder, self.address, self.place = folder, address, folder / "run"
@@ -297,7 +299,8 @@ def pre_stop(kind: str) -> str:
 
 
 def as_in_a_pod(line: str, folder: Path, address: str, **narrower: str) -> subprocess.Popen[bytes]:
-    """Run a line where it sees what a pod sees: ``narrower`` are options, by command, that leave the rest of this machine out."""
+    """Run a line where it sees what a pod sees: ``narrower`` are options, by command, that
+    leave the rest of this machine out."""
     for name, options in narrower.items():
         real = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
         (folder / name).write_text(f'#!/bin/sh\nexec {real} "$@" {options}\n')
@@ -322,8 +325,15 @@ def test_a_head_that_is_stopped_lets_its_driver_end(
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
     with run.log.open("ab") as out:  # through a shell, as Ray runs an entrypoint
-        driver = subprocess.Popen(f"python {command} || exit $?", shell=True, cwd=ROOT, env=environment, stdout=out,
-                                  stderr=out, start_new_session=True)  # fmt: skip
+        driver = subprocess.Popen(
+            f"python {command} || exit $?",
+            shell=True,
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     run.wait_for_scores(8)
     before = committed(run.place)
     session = f"--session {driver.pid}"

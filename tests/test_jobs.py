@@ -1,4 +1,5 @@
-"""``ray job submit`` on a real Ray head with its dashboard: the same search and training, the same bytes, the log readable.
+"""``ray job submit`` on a real Ray head with its dashboard: the same search and training, the same
+bytes, the log readable.
 
 python -m pytest -m long tests/test_jobs.py
 """
@@ -69,8 +70,14 @@ def submit(head: str, *entrypoint: str) -> str:
 
 
 def longrope2(*command: str) -> None:
-    done = subprocess.run([str(BIN / "longrope2"), *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [str(BIN / "longrope2"), *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

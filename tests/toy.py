@@ -1,4 +1,5 @@
-"""A toy search for tests: a small geometry, an analytic score, and scorers that are a plain function."""
+"""A toy search for tests: a small geometry, an analytic score, and scorers that are a plain
+function."""
 
 import math
 import random
@@ -57,7 +58,8 @@ def toy_recipe(
 
 
 def toy_nll(unit: Unit) -> float:
-    """Distance from an ideal vector in log factors, weighted differently by each sample; never negative."""
+    """Distance from an ideal vector in log factors, weighted differently by each sample; never
+    negative."""
     ideal = np.concatenate([np.geomspace(1, 5, 5), np.linspace(5, 7, 11)])
     weights = np.random.default_rng(unit.sample).random(len(ideal)) * (1 + unit.sample)
     gap = np.log(unit.factors.values / ideal) ** 2

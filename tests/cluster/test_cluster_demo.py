@@ -1,4 +1,5 @@
-"""The cluster on one machine, for real: head, worker nodes, jobs, a stop, the same bytes; and nothing left behind.
+"""The cluster on one machine, for real: head, worker nodes, jobs, a stop, the same bytes; and
+nothing left behind.
 
 python -m pytest -m long tests/cluster/test_cluster_demo.py
 """
@@ -31,11 +32,13 @@ def children() -> set[psutil.Process]:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """The demo, running, its run directories in ``tmp_path / "runs"``; when it has ended, no process of it may be left."""
+    """The demo, running, its run directories in ``tmp_path / "runs"``; when it has ended, no
+    process of it may be left."""
     # Whatever outlives the demo becomes a child of this process.
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before = children()
-    # More generations than the recipe has: half of them are still ahead while the stop is on its way.
+    # More generations than the recipe has: half of them are still ahead while the stop is on its
+    # way.
     command = [sys.executable, "cluster/demo.py", "--recipe", "debug", "--search.iterations", "12"]
     process = subprocess.Popen([*command, "--run-dir", str(tmp_path / "runs")], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip

@@ -1,7 +1,8 @@
-"""What ``cluster/`` ships for Kubernetes and VMs: valid for those who read it, consistent with each other and the project.
+"""What ``cluster/`` ships for Kubernetes and VMs: valid for those who read it, consistent with
+each other and the project.
 
-KubeRay's own CRDs are not part of the repository: ``LONGROPE2_KUBERAY_CRDS`` names a directory with their YAML, plain or
-gzipped; ``../shared/fixtures/kuberay-crds`` is looked at by itself.
+KubeRay's own CRDs are not part of the repository: ``LONGROPE2_KUBERAY_CRDS`` names a directory
+with their YAML, plain or gzipped; ``../shared/fixtures/kuberay-crds`` is looked at by itself.
 """
 
 import copy
@@ -90,7 +91,8 @@ def mappings(node: Any) -> list[dict[str, Any]]:
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema as JSON schema that refuses unknown fields, as ``kubectl apply --validate=strict`` does."""
+    """A CRD's schema as JSON schema that refuses unknown fields, as ``kubectl apply
+    --validate=strict`` does."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -108,7 +110,8 @@ def strict(schema: Any) -> Any:
 def rules_that_apply(
     _: Any, rules: list[dict[str, Any]], *__: Any
 ) -> Iterator[jsonschema.ValidationError]:
-    """CEL rules are the API server's to evaluate: a field that carries one is an error here, so that somebody looks."""
+    """CEL rules are the API server's to evaluate: a field that carries one is an error here,
+    so that somebody looks."""
     yield from (
         jsonschema.ValidationError(f"the CEL rule {rule['rule']} applies") for rule in rules
     )
@@ -359,7 +362,8 @@ SECRET_TEXT = re.compile(
 
 
 def secret_values(document: Any, text: str) -> list[str]:
-    """Names that look like a secret's and have a value beside them, and text that looks like a secret."""
+    """Names that look like a secret's and have a value beside them, and text that looks like a
+    secret."""
     variables = [
         m["name"]
         for m in mappings(document)
@@ -455,7 +459,8 @@ def test_the_image_has_what_the_project_asks_for():
 
 
 def test_the_launcher_mounts_the_token_where_the_images_user_looks():
-    """Ray takes a container's home from the image's HOME, and else /root, which user 1001 cannot read."""
+    """Ray takes a container's home from the image's HOME, and else /root, which user 1001
+    cannot read."""
     final = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
     (home,) = re.findall(r"^ENV .*\bHOME=(\S+)", final, re.M)
     (user,) = re.findall(r"useradd --uid 1001 --create-home (\w+)", final)
@@ -492,7 +497,8 @@ def test_the_linter_would_refuse_an_unpinned_base_and_a_root_user():
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """As ``ray up`` sees it. Ray has no public name for its check, and no machine is needed for it."""
+    """As ``ray up`` sees it. Ray has no public name for its check, and no machine is needed
+    for it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(copy.deepcopy(config))

@@ -364,9 +364,23 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(
 
 @pytest.mark.parametrize(
     "key",
-    ["sig", "SIG", "X-Amz-Signature", "x-amz-credential", "X-Amz-Security-Token", "X-Goog-Signature", "token",
-     "access_token", "key", "secret", "password", "AWSAccessKeyId", "Signature", "X%2DAmz%2DSignature"],
-)  # fmt: skip
+    [
+        "sig",
+        "SIG",
+        "X-Amz-Signature",
+        "x-amz-credential",
+        "X-Amz-Security-Token",
+        "X-Goog-Signature",
+        "token",
+        "access_token",
+        "key",
+        "secret",
+        "password",
+        "AWSAccessKeyId",
+        "Signature",
+        "X%2DAmz%2DSignature",
+    ],
+)
 @pytest.mark.parametrize("before", ["?", "?se=2030&sp=r&", "#", "?a;"])
 def test_a_secret_in_a_query_is_refused_and_not_repeated(before: str, key: str) -> None:
     with pytest.raises(
@@ -388,8 +402,15 @@ def test_the_container_of_an_azure_url_is_no_secret(scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["runs/a@b", "s3://bucket/a@b", "https://host:8080/a@b", "http://[::1]:80/a@b", "https://host/a?se=1&page=2",
-     "https://host/key=1/a", "org/model"],
-)  # fmt: skip
+    [
+        "runs/a@b",
+        "s3://bucket/a@b",
+        "https://host:8080/a@b",
+        "http://[::1]:80/a@b",
+        "https://host/a?se=1&page=2",
+        "https://host/key=1/a",
+        "org/model",
+    ],
+)
 def test_a_url_without_a_secret_is_left_alone(url: str) -> None:
     assert refuse_credentials(url) == url

@@ -408,9 +408,7 @@ def test_every_candidate_of_a_search_is_legal_and_new_and_bred_from_a_survivor_o
     assert len(seen) <= 12 + 3 * 6
 
 
-def test_the_initial_population_holds_a_constant_tail_for_every_critical_dim_then_their_mutants() -> (
-    None
-):
+def test_the_initial_population_holds_constant_tails_then_their_mutants() -> None:
     search = evolution(initial="mutants")
     candidates, dims = search.ask(), search.space.critical_dims
     assert len(candidates) == 12
@@ -601,9 +599,7 @@ def test_random_search_draws_every_candidate_apart_from_its_parent() -> None:
     assert len({c.attention_factor for c in children} - parents) == len(children)
 
 
-def test_a_uniform_population_keeps_one_constant_tail_for_each_critical_dim_and_draws_the_rest() -> (
-    None
-):
+def test_a_uniform_population_keeps_constant_tails_and_draws_the_rest() -> None:
     search = evolution(initial="uniform", population_size=40)
     constant = [c for c in search.ask() if len(set(c.tail)) == 1]
     assert [c.critical_dim for c in constant] == list(search.space.critical_dims)
@@ -623,7 +619,8 @@ def test_a_population_of_steps_has_few_levels_and_spans_the_space() -> None:
 
 
 def told(**changes: object) -> Evolution:
-    """A search whose first generation is told: the id decides, so that the best are spread over the space."""
+    """A search whose first generation is told: the id decides, so that the best are spread
+    over the space."""
     search = evolution(population_size=40, top_k=4, num_offspring=40, **changes)
     search.tell({c.id: 1 + int(c.id, 16) % 97 for c in search.ask()})
     return search

@@ -36,11 +36,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "blend, temperature": {"crossover": "blend", "immigrants": 0.2, "attention_factor": "search"},
     "many iterations": {"iterations": 6, "num_offspring": 3},
     "tables": {
-        "report": {"attention_factors": [1.0, "search"], "methods": ["unscaled", "pi", "yarn-rcd", "longrope2"],
-                   "lengths": [TARGET_LENGTH, 2 * TARGET_LENGTH]},
+        "report": {
+            "attention_factors": [1.0, "search"],
+            "methods": ["unscaled", "pi", "yarn-rcd", "longrope2"],
+            "lengths": [TARGET_LENGTH, 2 * TARGET_LENGTH],
+        },
         "attention_factor": "search",
     },
-}  # fmt: skip
+}
 
 
 def memory() -> RunDir:

@@ -1,4 +1,5 @@
-"""The loop, over scorers that are a plain function: same bytes whoever scores, in any order, interrupted or not."""
+"""The loop, over scorers that are a plain function: same bytes whoever scores, in any order,
+interrupted or not."""
 
 import json
 import math
@@ -382,7 +383,8 @@ def test_a_search_that_is_ended_early_commits_what_has_come_in(
 
 
 class InterruptedDir(RunDir):
-    """Somebody presses Ctrl-C in the middle of a commit: before the file is there, or just after."""
+    """Somebody presses Ctrl-C in the middle of a commit: before the file is there, or just
+    after."""
 
     when = ""
 

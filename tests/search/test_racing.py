@@ -1,4 +1,5 @@
-"""Exact racing: survivors and their totals are those of the full evaluation, in any order of completion."""
+"""Exact racing: survivors and their totals are those of the full evaluation, in any order of
+completion."""
 
 import copy
 import itertools
@@ -72,7 +73,8 @@ def preload(race: Race, case: Case, units: list[tuple[str, int]]) -> None:
 def drive(
     race: Race, case: Case, width: int, rng: random.Random, trouble: bool = False
 ) -> list[tuple[str, int]]:
-    """Run a race to its end with up to ``width`` units in flight, completed in random order; units in order of start.
+    """Run a race to its end with up to ``width`` units in flight, completed in random order; units
+    in order of start.
 
     With ``trouble`` units are told twice as well.
     """
@@ -131,7 +133,8 @@ def test_survivors_do_not_depend_on_the_order_of_completion_in_all_orders_of_thr
 
 
 def every_interleaving(case: Case, width: int, verdict: Callable[[Race], None]) -> int:
-    """Every way in which up to ``width`` units in flight can complete; states reached twice are entered once."""
+    """Every way in which up to ``width`` units in flight can complete; states reached twice
+    are entered once."""
     entered: set[Any] = set()
     ends = 0
 

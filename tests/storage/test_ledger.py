@@ -1,4 +1,5 @@
-"""The ledger holds any row with a key: committed once, whole or not at all, on a disk or in a store."""
+"""The ledger holds any row with a key: committed once, whole or not at all, on a disk or in a
+store."""
 
 import json
 import logging

@@ -1,7 +1,8 @@
-"""Object storage for real: run directory, model, data, search and training against an S3 server of their own (moto).
+"""Object storage for real: run directory, model, data, search and training against an S3 server of
+their own (moto).
 
-The server listens on this machine and keeps everything in memory. ``test_rundir.py`` holds the same contract for
-local paths and ``memory://``; here is what an object store adds.
+The server listens on this machine and keeps everything in memory. ``test_rundir.py`` holds the
+same contract for local paths and ``memory://``; here is what an object store adds.
 
 python -m pytest -m long tests/storage
 """
@@ -51,15 +52,29 @@ from longrope2_ray.workers.connection import ray_session
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SMALL = ["--search.critical-dims", "[10, 11]", "--search.population-size", "4", "--search.num-offspring", "2",
-         "--search.top-k", "2", "--needles.num-samples", "2", "--report.num-samples", "1",
-         "--scorer.num-scorers", "1"]  # fmt: skip
+SMALL = [
+    "--search.critical-dims",
+    "[10, 11]",
+    "--search.population-size",
+    "4",
+    "--search.num-offspring",
+    "2",
+    "--search.top-k",
+    "2",
+    "--needles.num-samples",
+    "2",
+    "--report.num-samples",
+    "1",
+    "--scorer.num-scorers",
+    "1",
+]
 MOST_SECONDS = 900  # for what waits: the machine may be slow and others at work on it
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
-    """An S3 server, and the environment in which every client, in workers too, finds it and nothing else."""
+    """An S3 server, and the environment in which every client, in workers too, finds it and
+    nothing else."""
     with s3_server() as process, pytest.MonkeyPatch.context() as environment:
         environment.setenv("LONGROPE2_CACHE", str(tmp_path_factory.mktemp("cache")))
         environment.delenv("RAY_ADDRESS", raising=False)
@@ -70,7 +85,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]
 
 @pytest.fixture
 def bucket(server: psutil.Process) -> str:
-    s3fs.S3FileSystem.clear_instance_cache()  # the last test may have left clients that look elsewhere
+    # The last test may have left clients that look elsewhere.
+    s3fs.S3FileSystem.clear_instance_cache()
     name = uuid.uuid4().hex
     another_client().mkdir(name)
     return f"s3://{name}"
@@ -161,7 +177,8 @@ def test_a_spoiled_object_is_skipped_and_the_rest_is_used(bucket: str, how: str)
 
 
 def test_what_another_process_writes_is_seen_whole_and_at_once(bucket: str) -> None:
-    """A client that remembers a listing would miss new files and read rewritten ones cut to their old size."""
+    """A client that remembers a listing would miss new files and read rewritten ones cut to
+    their old size."""
     ours, theirs = opened(f"{bucket}/run"), another_client()
     for index in range(2):
         ours.write_json(f"generations/{index:04d}.json", {"candidates": [0.5]})

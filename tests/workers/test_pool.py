@@ -1,4 +1,5 @@
-"""The pool on a real Ray, with work that has nothing to do with needles: retries, kills, drained nodes."""
+"""The pool on a real Ray, with work that has nothing to do with needles: retries, kills, drained
+nodes."""
 
 import math
 import os
