@@ -1,9 +1,10 @@
 """Settings and shared fixtures of the whole suite: no test fails because a machine is slow."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -77,3 +78,25 @@ def finished_debug_run(until_the_end: ExitStack, tmp_path_factory: pytest.TempPa
     run_dir = tmp_path_factory.mktemp("debug") / "run"
     search(load_recipe("debug", ["--scorer.num-scorers", "2"]), str(run_dir))
     return run_dir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bundled_books_are_tokenized_once() -> Iterator[None]:
+    """Remember the bundled books' tokens: dozens of tests prepare a search of the reference model,
+    and each would tokenize whole books for seconds."""
+    from longrope2_ray.storage.assets import ASSETS
+    from longrope2_ray.tasks import needle
+
+    encode: Callable[[Any, Any], list[int]] = needle.encode_book
+    known: dict[str, list[int]] = {}
+
+    def remembered(tokenizer: Any, book: Any) -> list[int]:
+        if getattr(tokenizer, "name_or_path", None) != str(ASSETS / "reference"):
+            return encode(tokenizer, book)
+        if book.text not in known:
+            known[book.text] = encode(tokenizer, book)
+        return known[book.text]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(needle, "encode_book", remembered)
+        yield

@@ -214,6 +214,11 @@ def build_needle_set(
     return samples
 
 
+def encode_book(tokenizer: Tokenizer, book: Book) -> list[int]:
+    """Encode a whole book, which takes up to seconds; its text makes no special tokens."""
+    return tokenizer.encode(book.text, add_special_tokens=False, split_special_tokens=True)
+
+
 def _cycle_long_books(
     tokenizer: Tokenizer, books: Sequence[Book], length: int, section: str
 ) -> Iterator[tuple[Book, list[int]]]:
@@ -227,7 +232,7 @@ def _cycle_long_books(
     long_books = []
     longest = 0
     for book in books:
-        ids = tokenizer.encode(book.text, add_special_tokens=False, split_special_tokens=True)
+        ids = encode_book(tokenizer, book)
         longest = max(longest, len(ids))
         if len(ids) >= length:
             long_books.append((book, ids))
