@@ -147,20 +147,20 @@ class Monitor:
         names = self._run_dir.names(f"{folder}/{STEPS_FOLDER}")[-NUM_READ:]
         bodies = [self._keep(name) for name in names]
         last = names[-1] if names else f"{folder}/run.json"
-        age = self._ages.age(last, self._kept.get(last) or {})
+        changed = self._ages.changed(last, self._kept.get(last) or {})
         return TrainingSnapshot(
             name=folder,
             steps=[LoggedStep.from_json(body) for body in bodies if body],
-            age_seconds=age,
+            age_seconds=time.monotonic() - changed,
             finished=self._read(f"{folder}/result.json") is not None,
-            stopped=self._stopped(folder, age),
+            stopped=self._stopped(folder, changed),
         )
 
-    def _stopped(self, folder: str, step_age: float) -> str | None:
-        """Return why a training stopped; None if it has gone on since then."""
+    def _stopped(self, folder: str, last_step: float) -> str | None:
+        """Return why a training stopped; None if it has gone on since, by the last step's time."""
         name = f"{folder}/stop.json"
         stop = self._read(name)
-        if stop is None or self._ages.age(name, stop) > step_age:
+        if stop is None or self._ages.changed(name, stop) < last_step:
             return None
         return str(stop["message"])
 
@@ -192,11 +192,15 @@ class Ages:
 
     def age(self, name: str, body: Mapping[str, Any]) -> float:
         """Return the seconds since the file got this content."""
-        before, now = self._changes.get(name), time.monotonic()
+        return time.monotonic() - self.changed(name, body)
+
+    def changed(self, name: str, body: Mapping[str, Any]) -> float:
+        """Return when the file got this content, in seconds of ``time.monotonic``."""
+        before = self._changes.get(name)
         if before is None or before[0] != body:
             written = time.time() if before else self._written_at(name)
-            self._changes[name] = body, now - max(time.time() - written, 0.0)
-        return now - self._changes[name][1]
+            self._changes[name] = body, time.monotonic() - max(time.time() - written, 0.0)
+        return self._changes[name][1]
 
     def _written_at(self, name: str) -> float:
         path = self._run_dir.path / name

@@ -259,8 +259,9 @@ def test_it_fits_a_narrow_terminal(run_dir: RunDir) -> None:
 
 
 def test_it_follows_a_run_on_a_terminal_until_the_run_is_finished(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_dir = open_run(tmp_path / "run")  # memory:// is not for two threads
     screen = io.StringIO()
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich's own word for: this is a terminal
     monkeypatch.setenv("TERM", "xterm")

@@ -63,7 +63,7 @@ def undisturbed(kind: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)  # for each of the settings above
 @given(
     lives=st.lists(st.tuples(st.integers(0, 80), st.booleans()), max_size=3),
     width=st.sampled_from([2, 5, 20, 100]),

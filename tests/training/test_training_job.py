@@ -292,7 +292,8 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(
 def test_a_newer_command_on_the_same_training_fences_the_older_one_off(
     tmp_path: Path, model_dir: str
 ) -> None:
-    recipe = recipe_of(model_dir, max_steps=400)
+    """A group of two workers."""
+    recipe = recipe_of(model_dir, max_steps=400, num_workers=2)
     job, train_dir, _ = opened(recipe, prepared_dir(tmp_path))
     newer = RunDir(train_dir.url)
 
@@ -414,6 +415,7 @@ def test_a_checkpoint_file_appears_whole_or_not_at_all(tmp_path: Path, disk: Pat
         files.open(str(run / "b"), "rb")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("ray_on_this_machine")
 def test_a_training_waits_for_room_for_its_checkpoints(
