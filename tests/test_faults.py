@@ -60,9 +60,18 @@ class Run:
         self.folder, self.address, self.place = folder, address, folder / "run"
         folder.mkdir(exist_ok=True)
         self.chaos, self.log = Chaos(folder / "chaos"), folder / "log"
+        self.drivers: list[subprocess.Popen[bytes]] = []
 
-    def start(self, **settings: Any) -> Any:
-        return start_driver(self.place, RECIPE, self.address, self.chaos, self.log, **settings)
+    def start(self, **settings: Any) -> subprocess.Popen[bytes]:
+        driver = start_driver(self.place, RECIPE, self.address, self.chaos, self.log, **settings)
+        self.drivers.append(driver)
+        return driver
+
+    def close(self) -> None:
+        """Leave no driver behind that a failed test did not wait for."""
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
 
     def wait_for_scores(self, count: int) -> None:
         wait_until(
@@ -87,9 +96,11 @@ def undisturbed(finished_debug_run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def local_run(tmp_path: Path, ray_on_this_machine: None) -> Run:
+def local_run(tmp_path: Path, ray_on_this_machine: None) -> Iterator[Run]:
     """A search on the Ray of the whole suite, of which no part may be killed."""
-    return Run(tmp_path, ray.get_runtime_context().gcs_address)
+    run = Run(tmp_path, ray.get_runtime_context().gcs_address)
+    yield run
+    run.close()
 
 
 class ClusterRun(Run):
@@ -104,6 +115,7 @@ class ClusterRun(Run):
 def run(tmp_path: Path, cluster: Cluster) -> Iterator[ClusterRun]:
     run = ClusterRun(tmp_path, cluster)
     yield run
+    run.close()
     while len(cluster.nodes) < 2:
         cluster.add_node()
 

@@ -111,10 +111,11 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.1)
 
 
-def files(url: str) -> list[str]:
+def files(url: str, client: s3fs.S3FileSystem | None = None) -> list[str]:
+    """What lies there, as a client of its own sees it; one is handed in to look often."""
     return sorted(
         str(path).removeprefix(url.removeprefix("s3://") + "/")
-        for path in another_client().find(url)
+        for path in (client or another_client()).find(url)
     )
 
 
@@ -293,6 +294,17 @@ def kill(process: subprocess.Popen[str]) -> None:
     assert not psutil.wait_procs(children, timeout=120)[1], "they go with their driver"
 
 
+def wait_for_chunks(url: str, count: int, driver: subprocess.Popen[str]) -> None:
+    """Wait for so many chunks of scores, or for the driver's end."""
+    client = another_client()
+    wait_until(
+        lambda: (
+            driver.poll() is not None
+            or sum(name.startswith("scores/") for name in files(url, client)) >= count
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def undisturbed(ray_on_this_machine: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small search in a local directory."""
@@ -309,11 +321,7 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
     url = f"{bucket}/run"
     command = ("search", "debug", "--run-dir", url, *SMALL)
     first = longrope2(*command)
-    wait_until(
-        lambda: (
-            first.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 3
-        )
-    )
+    wait_for_chunks(url, 3, first)
     assert first.poll() is None, "it ended before it could be killed"
     kill(first)
     assert "winner.json" not in files(url)
@@ -337,11 +345,7 @@ def test_a_search_waits_for_storage_that_does_not_answer(
     driver = longrope2(
         "search", "debug", "--run-dir", url, "--model.path", f"{bucket}/model", *SMALL
     )
-    wait_until(
-        lambda: (
-            driver.poll() is not None or sum(name.startswith("scores/") for name in files(url)) >= 2
-        )
-    )
+    wait_for_chunks(url, 2, driver)
     assert driver.poll() is None, "it ended before storage could stall"
     server.suspend()
     try:
