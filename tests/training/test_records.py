@@ -38,7 +38,7 @@ STEP = LoggedStep(
 
 @pytest.fixture
 def train_dir(tmp_path: Path) -> RunDir:
-    made = RunDir(str(tmp_path), folders=("steps",))
+    made = RunDir(str(tmp_path))
     made.create()
     return made
 
