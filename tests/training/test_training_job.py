@@ -155,14 +155,15 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whol
         json.loads(next(Path(place).glob("whole-*")).read_text())["step"]
         for place in (newest, older)
     ]
-    written = {
-        step: (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns for step in steps
-    }
+    written = {step: written_at(folder, step) for step in steps}
+    resumed_with = steps[1] + 1
+    before = written_at(folder, resumed_with)
 
     killed: list[int] = []
 
     def kill_a_worker() -> None:
-        wait_for_step(folder, 18, lambda: True)
+        # The orphans went on until their Ray was gone: the step may have been there before.
+        wait_for_step(folder, resumed_with, lambda: True, after=before)
         for process in training_workers(os.getpid()):
             process.send_signal(signal.SIGKILL)
             killed.append(process.pid)
@@ -173,17 +174,23 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whol
     assassin.join(timeout=10)
     assert killed
     for step in steps:
-        again_at = (folder / "train" / "steps" / f"{step:07d}.json").stat().st_mtime_ns
-        assert (again_at == written[step]) is (step == steps[1]), (
+        assert (written_at(folder, step) == written[step]) is (step == steps[1]), (
             "it did not go on from the older checkpoint"
         )
     assert [without_times(row) for row in again] == [without_times(row) for row in whole.rows]
     assert all(torch.equal(whole.weights[name], same[name]) for name in whole.weights)
 
 
-def wait_for_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
+def written_at(folder: Path, step: int) -> int:
+    """When a logged step was written, in nanoseconds; 0 if it was not."""
+    path = folder / "train" / "steps" / f"{step:07d}.json"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def wait_for_step(folder: Path, step: int, alive: Callable[[], bool], after: int = 0) -> None:
+    """Wait until a step is logged, and later than ``after`` (nanoseconds)."""
     began = time.monotonic()
-    while not (folder / "train" / "steps" / f"{step:07d}.json").exists():
+    while written_at(folder, step) <= after:
         assert alive(), "the training ended before it could be killed"
         assert time.monotonic() - began < 600, "no steps came"
         time.sleep(0.01)
