@@ -189,10 +189,8 @@ def test_weights_that_are_known_are_not_estimated() -> None:
 
 
 def test_llama3_8b_by_its_shape() -> None:
-    shape = SHAPE.model_copy(
-        update={"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
-                "num_kv_heads": 8, "head_dim": 128, "vocab_size": 128256}
-    )  # fmt: skip
+    shape = load_recipe("llama3_8b_128k").model.shape
+    assert shape is not None
     assert num_parameters(shape) == pytest.approx(8_030_261_248, rel=1e-3)
 
 

@@ -146,7 +146,7 @@ class TrainSection(Section):
         1, gt=0, description="CPUs reserved for one worker."
     )
     threads: Annotated[Positive, FREE] = Field(
-        1, description="CPU threads of one worker; part of the result."
+        1, description="CPU threads of one worker; sums depend on it, in their last bits."
     )
     sequence_parallel: Annotated[Positive, FREE] = Field(
         1,

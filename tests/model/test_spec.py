@@ -20,7 +20,7 @@ from transformers import (
 from longrope2_ray.model.costs import layer_parameters
 from longrope2_ray.model.loading import load_model
 from longrope2_ray.model.spec import read_shape, require_window_reaches
-from longrope2_ray.recipe.model import ModelShape
+from longrope2_ray.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,19 +98,9 @@ def test_shape_takes_another_original_length(saved: dict[str, str]) -> None:
 
 
 def test_shape_by_hand_knows_its_geometry() -> None:
-    llama3_8b = ModelShape(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rotary_dim=128,
-        rope_base=5e5,
-        original_length=8192,
-        vocab_size=128256,
-    )
-    assert llama3_8b.geometry.theoretical_critical_dim == 35
+    shape = load_recipe("llama3_8b_128k").model.shape
+    assert shape is not None
+    assert shape.geometry.theoretical_critical_dim == 35
 
 
 def test_models_without_rope_are_refused(tmp_path: Path) -> None:

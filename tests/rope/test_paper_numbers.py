@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from longrope2_ray.plan import Plan, plan
+from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.search import SearchSection
@@ -32,31 +33,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 LONGROPE_V1 = [id for id, vector in PUBLISHED.items() if vector["kind"] == "LongRoPE v1"]
 
-LLAMA3_8B_SHAPE = ModelShape(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rotary_dim=128,
-    rope_base=5e5,
-    original_length=8192,
-    vocab_size=128_256,
-)
-PHI3_MINI_SHAPE = ModelShape(
-    model_type="phi3",
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=96,
-    rotary_dim=96,
-    rope_base=1e4,
-    original_length=2048,
-    vocab_size=32_064,
-)
+LLAMA3_8B_SHAPE = load_recipe("llama3_8b_128k").model.shape
+PHI3_MINI_SHAPE = load_recipe("phi3_mini_128k").model.shape
 
 
 def cost_at_128k(shape: ModelShape) -> Plan:
