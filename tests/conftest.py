@@ -34,7 +34,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def ray_train_ends_soon() -> Iterator[None]:
+    """Wait a second, not twelve, for Ray Train's cleaner at the end of a training.
+
+    With Ray 2.60 the cleaner's thread never ends when it is told to, and the controller waits for
+    it as long as it may.
+    """
+    from functools import partial
+
+    from ray.train.v2.api import data_parallel_trainer
+
+    cleaner = data_parallel_trainer.PlacementGroupCleanerCallback
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data_parallel_trainer,
+            "PlacementGroupCleanerCallback",
+            partial(cleaner, stop_timeout=1.0),
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_dir(ray_train_ends_soon: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model with a tokenizer, for trainings."""
     from tiny_training import save_model_and_tokenizer
 

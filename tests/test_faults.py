@@ -1,7 +1,7 @@
 """What a run must survive, on real Ray processes: every test ends in the bytes of a run that
 nobody disturbed.
 
-    python -m pytest -m "long or not long" tests/test_faults.py tests/workers      # all of them
+    python -m pytest -m "long or not long" tests/test_faults.py tests/workers
 
 Those of a single scorer stand in tests/workers, those of single files and object storage in
 tests/storage; tests/soak.py mixes all of them at random.
@@ -120,6 +120,7 @@ def run(tmp_path: Path, cluster: Cluster) -> Iterator[ClusterRun]:
         cluster.add_node()
 
 
+@pytest.mark.long
 def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(
     local_run: Run, undisturbed: dict[str, bytes]
 ) -> None:
@@ -137,6 +138,7 @@ def test_sigterm_ends_the_driver_cleanly_and_what_was_scored_is_kept(
     assert max(committed(run.place).values()) == 1
 
 
+@pytest.mark.long
 def test_of_two_drivers_on_one_directory_the_older_one_stops_and_says_so(
     local_run: Run, undisturbed: dict[str, bytes]
 ) -> None:

@@ -34,6 +34,9 @@ LLAMA3 = (
     "131072",
 )
 
+# Starting a scorer takes longer than all that it scores here.
+ONE_SCORER = ("--scorer.num-scorers", "1")
+
 REFERENCE = ("--model", "bundled:reference", "--target-length", "2048")
 
 
@@ -354,7 +357,7 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(capsys,
         json.dumps({"rope_scaling": {"long_factor": vector[:32]}})
     )
     options = ["--factors", str(tmp_path / "config.json"), "--report.num-samples", "2", "--json"]
-    assert main(["score", "debug", *options]) == 0
+    assert main(["score", "debug", *options, *ONE_SCORER]) == 0
     said = capsys.readouterr()
     body = json.loads(said.out)
     assert not body["monotone"]
@@ -443,7 +446,7 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
         "--search.target-length", "128", "--search.starts", json.dumps(["unscaled", trained]),
         "--search.tail-bounds", "[1, 4]", "--search.start-tokens", "[8]",
         "--search.population-size", "4", "--search.iterations", "0",
-        "--report.methods", '["unscaled", "longrope2"]',
+        "--report.methods", '["unscaled", "longrope2"]', *ONE_SCORER,
     ]  # fmt: skip
     assert main(search) == 0
     assert "The first 8 positions keep the original RoPE." in capsys.readouterr().out
@@ -454,7 +457,7 @@ def test_a_short_window_is_searched_from_a_given_vector_and_its_winner_scores_th
         256,
     )
     winner_file = f"{run_dir}/winner.json"
-    options = ["--report.lengths", "[128, 256]", "--factors", winner_file, "--json"]
+    options = ["--report.lengths", "[128, 256]", "--factors", winner_file, "--json", *ONE_SCORER]
     assert main(["score", "debug", *options]) == 0
     reported = next(row for row in winner["report"] if row["method"] == "longrope2")
     # One line for each length of the report, in its order.

@@ -107,14 +107,15 @@ def test_another_report_makes_no_other_search_and_costs_only_its_own_units(
     finished = shutil.copytree(finished_debug_run, tmp_path / "run")
     before = ledger_of(RunDir(str(finished)))
     methods = json.loads(undisturbed)["report"]
-    longer = debug_run(finished, "--report.lengths", "[1024, 512]")
+    one_scorer = ["--scorer.num-scorers", "1"]
+    longer = debug_run(finished, "--report.lengths", "[1024, 512]", *one_scorer)
     after = ledger_of(RunDir(str(finished)))
     new = [after[key] for key in after if key not in before]
     assert {score.needle_set for score in new} == {"report@512"}
     assert len(new) == len(methods) * 3
     rows = json.loads(longer)["report"]
     assert [row for row in rows if row["length"] == 1024] == methods
-    assert debug_run(finished) == undisturbed
+    assert debug_run(finished, *one_scorer) == undisturbed
     assert len(ledger_of(RunDir(str(finished)))) == len(after)
     with pytest.raises(RunDirError, match=r"search\.seed is 0 there and 1 now"):
         debug_run(finished, "--search.seed", "1")

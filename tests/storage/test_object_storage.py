@@ -335,6 +335,7 @@ def test_a_search_killed_in_a_bucket_ends_in_the_bytes_of_a_local_one(
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * MOST_SECONDS)
 def test_a_search_waits_for_storage_that_does_not_answer(
     server: psutil.Process, bucket: str, undisturbed: Path

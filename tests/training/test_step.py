@@ -327,12 +327,23 @@ def test_training_lowers_the_loss_of_both_windows(checkpointing: bool) -> None:
     assert results[0].loss == pytest.approx(total / results[0].num_tokens)
 
 
-def _losses_and_weights(
-    rank: int, world: int, degree: int, folder: str, out: str, tied: bool
-) -> None:
+# (name, processes, how many of them share a segment)
+SPLITS = (("one", 1, 1), ("data", 2, 1), ("sequence", 2, 2))
+
+
+def _train_in_every_split(rank: int, folder: str) -> None:
+    """What each of two processes does: starting them takes longer than all these trainings."""
     torch.set_num_threads(1)
+    for tied in (False, True):
+        for name, world, degree in SPLITS:
+            if rank < world:
+                place = f"{folder}/{name}-{tied}"
+                _losses_and_weights(rank, world, degree, place, tied)
+
+
+def _losses_and_weights(rank: int, world: int, degree: int, place: str, tied: bool) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        "gloo", init_method=f"file://{place}.store", rank=rank, world_size=world
     )
     config = tiny_config("llama", tie_word_embeddings=tied)
     with torch.device("meta" if rank else "cpu"):  # weights come from the first rank
@@ -350,20 +361,22 @@ def _losses_and_weights(
         losses.append(trainer.step(step, [batch[i] for i in trainer.share([0, 1])]).loss)
     weights = trainer.weights()
     if rank == 0:
-        torch.save((losses, weights), out)
+        torch.save((losses, weights), f"{place}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with losses and weights of the same training under every split."""
+    folder = tmp_path_factory.mktemp("splits")
+    multiprocessing.spawn(_train_in_every_split, args=(str(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_and_weights_do_not_depend_on_the_split(tmp_path: Path, tied: bool) -> None:
+def test_loss_and_weights_do_not_depend_on_the_split(splits: Path, tied: bool) -> None:
     """One process, two data-parallel ones, and two that share each segment (Ulysses)."""
-    results = {}
-    for name, world, degree in (("one", 1, 1), ("data", 2, 1), ("sequence", 2, 2)):
-        folder = tmp_path / name
-        os.makedirs(folder)
-        args = (world, degree, str(folder), str(folder / "out.pt"), tied)
-        multiprocessing.spawn(_losses_and_weights, args=args, nprocs=world)
-        results[name] = torch.load(folder / "out.pt")
+    results = {name: torch.load(splits / f"{name}-{tied}.pt") for name, *_ in SPLITS}
     losses, weights = results.pop("one")
     for name, (other_losses, other_weights) in results.items():
         assert other_losses == pytest.approx(losses, abs=1e-5), name

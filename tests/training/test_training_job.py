@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,19 @@ def test_a_training_lowers_the_loss_and_its_model_loads_everywhere(
 
 
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
+def test_a_training_whose_worker_is_killed_ends_as_an_undisturbed_one(
+    tmp_path: Path, whole: Whole
+) -> None:
+    """With -9, between two checkpoints; Ray Train starts the group again."""
+    folder = prepared_dir(tmp_path / "killed")
+    with assassin(folder, step=10) as killed:
+        rows, weights = trained(whole.recipe, folder)
+    assert killed
+    assert_same(whole, rows, weights)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whole: Whole) -> None:
     """First the command is killed with -9, then a worker of the next: each between two checkpoints.
 
@@ -157,28 +171,41 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whol
     ]
     written = {step: written_at(folder, step) for step in steps}
     resumed_with = steps[1] + 1
+    # The orphans went on until their Ray was gone: the step may have been there before.
     before = written_at(folder, resumed_with)
-
-    killed: list[int] = []
-
-    def kill_a_worker() -> None:
-        # The orphans went on until their Ray was gone: the step may have been there before.
-        wait_for_step(folder, resumed_with, lambda: True, after=before)
-        for process in training_workers(os.getpid()):
-            process.send_signal(signal.SIGKILL)
-            killed.append(process.pid)
-
-    assassin = threading.Thread(target=kill_a_worker, daemon=True)
-    assassin.start()
-    again, same = trained(recipe, folder)
-    assassin.join(timeout=10)
+    with assassin(folder, resumed_with, after=before) as killed:
+        rows, weights = trained(recipe, folder)
     assert killed
     for step in steps:
         assert (written_at(folder, step) == written[step]) is (step == steps[1]), (
             "it did not go on from the older checkpoint"
         )
-    assert [without_times(row) for row in again] == [without_times(row) for row in whole.rows]
-    assert all(torch.equal(whole.weights[name], same[name]) for name in whole.weights)
+    assert_same(whole, rows, weights)
+
+
+def assert_same(
+    whole: Whole, rows: list[Mapping[str, Any]], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that steps and weights are those of the training that nothing disturbed."""
+    assert [without_times(row) for row in rows] == [without_times(row) for row in whole.rows]
+    assert all(torch.equal(whole.weights[name], weights[name]) for name in whole.weights)
+
+
+@contextmanager
+def assassin(folder: Path, step: int, after: int = 0) -> Iterator[list[int]]:
+    """Kill the training's workers once a step is logged, later than ``after``; yield who was."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for_step(folder, step, lambda: True, after=after)
+        for process in training_workers(os.getpid()):
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    yield killed
+    thread.join(timeout=10)
 
 
 def written_at(folder: Path, step: int) -> int:
@@ -294,6 +321,7 @@ def test_what_will_not_mend_stops_the_command_with_its_reason(
     assert stop_message(train_dir) is None
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # Ray Train starts slowly where others are at work
 @pytest.mark.usefixtures("ray_on_this_machine")
 def test_a_newer_command_on_the_same_training_fences_the_older_one_off(
