@@ -88,6 +88,16 @@ def pass_flops(shape: ModelShape, length: int) -> dict[str, float]:
     return {"linear": linear, "attention": attention, "total": linear + attention}
 
 
+# Forward passes that a gradient in the factors costs: one forward, one that is computed again on
+# the way back, and two for the way back itself; weights have no gradient.
+GRADIENT_PASSES = 4.0
+
+
+def full_equivalents(shape: ModelShape, num_tokens: int, length: int) -> float:
+    """Cost of a forward pass over ``num_tokens`` in passes over ``length`` tokens, by FLOPs."""
+    return pass_flops(shape, num_tokens)["total"] / pass_flops(shape, length)["total"]
+
+
 def scorer_memory_bytes(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
     """Memory of one scorer by part, in bytes, at the longest length that it scores.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,31 @@ class PinnedRope:
         finally:
             self._set(before)
 
+    @contextmanager
+    def differentiable(self, factors: RescaleFactors) -> Iterator[torch.Tensor]:
+        """Pin factors for a ``with`` block so that the model's output has a gradient in them.
+
+        Yields:
+            The logarithms of the factors, (d/2,) float32, a leaf that requires grad.
+
+        Raises:
+            ValueError: if the vector has another length than this model's, or in the forward pass,
+                if a rotary module lays its tables out neither in two halves nor in pairs.
+        """
+        logs = torch.from_numpy(np.log(factors.values)).float().requires_grad_()
+        with self.pinned(replace(factors, start_tokens=0)):
+            hooks = [
+                module.register_forward_hook(
+                    partial(_tables_of, self._angles, prefix, logs), with_kwargs=True
+                )
+                for module, prefix in self._buffers
+            ]
+            try:
+                yield logs
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
     def _set(self, factors: RescaleFactors | None) -> None:
         if factors is None:
             self.restore()
@@ -179,6 +205,34 @@ class PinnedRope:
             buffer = torch.from_numpy(self._angles).float().to(buffer.device)
             module.register_buffer(name, buffer, persistent=False)
         return buffer
+
+
+def _tables_of(
+    base_angles: np.ndarray,
+    prefix: str,
+    logs: torch.Tensor,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tables: Any,
+) -> Any:
+    """Forward hook of a rotary module: the same cos and sin, as a function of ``logs``."""
+    names = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
+    if prefix and names and prefix.rstrip("_") not in names:
+        return tables  # those of another type of layer, which keep the original RoPE
+    positions: torch.Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    cos = tables[0]
+    angles = torch.from_numpy(base_angles).float().to(cos.device) / logs.to(cos.device).exp()
+    turns = positions.to(cos.device)[..., None].float() * angles
+    scaling = getattr(module, f"{prefix}attention_scaling")
+    for layout in (torch.cat((turns, turns), dim=-1), turns.repeat_interleave(2, dim=-1)):
+        own = tuple((f(layout) * scaling).to(cos.dtype) for f in (torch.cos, torch.sin))
+        if own[0].shape == cos.shape and torch.allclose(own[0], cos, atol=1e-2):
+            return own
+    raise ValueError(
+        f"search.preset: expected rotary tables in halves or in pairs, {type(module).__name__} "
+        "has others, so its factors have no gradient here; take search.preset = 'paper'"
+    )
 
 
 def rescale(model: "PreTrainedModel", factors: RescaleFactors) -> PinnedRope:

@@ -81,17 +81,19 @@ class UnitScore:
             prompt and its own choices so far, which is the teacher-forced context for as long as
             all of them were right, and the first wrong one decides.
         seconds: wall clock time.
+        gradient: the NLL's gradient in the logarithms of the factors, where it was asked for.
     """
 
     nll_sum: float
     num_tokens: int
     correct: bool
     seconds: float
+    gradient: tuple[float, ...] = ()
 
     @property
     def is_finite(self) -> bool:
         """Whether the score is finite; if it is not, another scorer gives a second opinion."""
-        return math.isfinite(self.nll_sum)
+        return all(map(math.isfinite, (self.nll_sum, *self.gradient)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Score:
         seconds: wall clock time of the unit; not part of any result.
         scorer: name of the scorer; not part of any result.
         started: Unix time at which it was handed out; not part of any result.
+        gradient: the NLL's gradient in the logarithms of the factors, where it was asked for.
     """
 
     vector_id: str
@@ -121,6 +124,10 @@ class Score:
     seconds: float = 0.0
     scorer: str = ""
     started: float = 0.0
+    gradient: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gradient", tuple(self.gradient))  # a list in JSON
 
     @classmethod
     def of(cls, done: Done[Unit, UnitScore]) -> "Score":
@@ -137,6 +144,7 @@ class Score:
             seconds=round(result.seconds, 4),
             scorer=done.worker,
             started=done.started,
+            gradient=result.gradient if result.is_finite else (),
         )
 
     @property

@@ -7,7 +7,7 @@ A sample is exactly ``length`` tokens: BOS, instruction, needle, a real document
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Protocol
 
@@ -49,6 +49,8 @@ class NeedleSample:
         key: the adjective-noun that the question asks for.
         value: its seven digits.
         book: the name of the document's book.
+        position_ids: (T,) int64 positions, rising; None for 0 ... T - 1. Where they jump, document
+            tokens were left out (``skipped``).
     """
 
     input_ids: np.ndarray
@@ -57,6 +59,7 @@ class NeedleSample:
     key: str
     value: str
     book: str
+    position_ids: np.ndarray | None = None
 
     @cached_property
     def id(self) -> str:
@@ -65,7 +68,10 @@ class NeedleSample:
 
     @property
     def _content(self) -> bytes:
-        return self.input_ids.astype("<i8").tobytes() + repr(self.answer_span).encode()
+        content = self.input_ids.astype("<i8").tobytes() + repr(self.answer_span).encode()
+        if self.position_ids is not None:
+            content += self.position_ids.astype("<i8").tobytes()
+        return content
 
 
 def needle_fingerprint(samples: Sequence[NeedleSample]) -> str:
@@ -135,12 +141,16 @@ def build_sample(
     depth: float,
     book: str = "",
     section: str = "needles",
+    num_tokens: int | None = None,
 ) -> NeedleSample:
     """Build one sample of exactly ``length`` tokens around as much of the document as fits.
 
     Args:
         document_ids: tokens of the document.
         depth: where the needle stands in it, 0 its start, 1 its end.
+        num_tokens: [ours] tokens that are kept of them, at their positions; all unless given. Left
+            out are the middles of the stretches before and after the needle, in proportion, so
+            that needle and question keep their distance and their neighbors.
         book: the document's name, for messages.
         section: the recipe section that a message names.
 
@@ -165,9 +175,56 @@ def build_sample(
         )
     document = list(document_ids[:room])
     cut = round(depth * room)
-    ids = head + document[:cut] + needle + document[cut:] + question + answer
-    answer_span = (length - len(answer), length)
-    return NeedleSample(np.asarray(ids, dtype=np.int64), answer_span, depth, key, value, book)
+    ids = np.asarray(
+        head + document[:cut] + needle + document[cut:] + question + answer, dtype=np.int64
+    )
+    sample = NeedleSample(ids, (length - len(answer), length), depth, key, value, book)
+    if num_tokens is None or num_tokens >= length:
+        return sample
+    after = len(head) + cut + len(needle)
+    return _skipped(sample, [(len(head), cut), (after, room - cut)], num_tokens, section)
+
+
+def _skipped(
+    sample: NeedleSample, stretches: Sequence[tuple[int, int]], num_tokens: int, section: str
+) -> NeedleSample:
+    """Return a sample without the middles of its document's stretches, in proportion to them.
+
+    Args:
+        stretches: (start, size) of the document's tokens before and after the needle.
+        num_tokens: tokens that are kept.
+
+    Raises:
+        ValueError: if more would have to go than the document has.
+    """
+    length, room = len(sample.input_ids), sum(size for _, size in stretches)
+    dropped = length - num_tokens
+    if dropped > room:
+        raise ValueError(
+            f"{section}.skipped_tokens: expected at least {length - room} tokens (instruction, "
+            f"needle, question and answer of this tokenizer), got {num_tokens}"
+        )
+    (_, size), before = stretches[0], 0
+    if room:
+        before = round(dropped * size / room)
+    middles = [
+        _middle(*stretch, count)
+        for stretch, count in zip(stretches, (before, dropped - before), strict=True)
+    ]
+    positions = np.delete(np.arange(length), np.concatenate(middles))
+    start, stop = (end - dropped for end in sample.answer_span)
+    return replace(
+        sample,
+        input_ids=sample.input_ids[positions],
+        answer_span=(start, stop),
+        position_ids=positions,
+    )
+
+
+def _middle(start: int, size: int, count: int) -> np.ndarray:
+    """Return the ``count`` positions in the middle of ``size`` ones from ``start`` on."""
+    first = start + (size - count) // 2
+    return np.arange(first, first + count)
 
 
 def build_needle_set(
@@ -179,6 +236,7 @@ def build_needle_set(
     seed: int,
     depth: str | float = "start",
     section: str = "needles",
+    num_tokens: int | None = None,
 ) -> list[NeedleSample]:
     """Build samples from different books, as far as there are enough, all drawn from ``seed``.
 
@@ -187,6 +245,7 @@ def build_needle_set(
         depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code
             does), or a fixed number in 0 ... 1.
         section: the recipe section that a message names.
+        num_tokens: tokens kept of each sample, as for ``build_sample``.
 
     Raises:
         ValueError: if no book is long enough, or the tokenizer does not give an answer back.
@@ -209,6 +268,7 @@ def build_needle_set(
             depth=_depth_of_sample(depth, index, num_samples),
             book=book.name,
             section=section,
+            num_tokens=num_tokens,
         )
         samples.append(sample)
     return samples

@@ -188,3 +188,84 @@ def test_a_vector_of_the_wrong_length_is_refused() -> None:
     scorer = NeedleScorer(model, shape_of(model))
     with pytest.raises(ValueError, match="factors: expected 8 numbers"):
         scorer.score(random_sample(LENGTH), RescaleFactors(np.ones(9)))
+
+
+def skipped_sample(length: int = LENGTH, dropped: int = 50) -> NeedleSample:
+    """A sample of which ``dropped`` tokens in the middle are left out."""
+    whole = random_sample(length)
+    positions = np.delete(np.arange(length), np.arange(30, 30 + dropped))
+    stop = length - dropped
+    span = (stop - (whole.answer_span[1] - whole.answer_span[0]), stop)
+    return NeedleSample(whole.input_ids[positions], span, 0.0, "", "", "", positions)
+
+
+def masked_loss(model: Any, sample: NeedleSample) -> float:
+    """Mean NLL of the answer by the family's own forward, with a mask, so that a jump of
+    positions starts no other document."""
+    ids, positions = (
+        torch.tensor(values)[None] for values in (sample.input_ids, sample.position_ids)
+    )
+    labels = torch.full_like(ids, -100)
+    start, stop = sample.answer_span
+    labels[:, start:stop] = ids[:, start:stop]
+    with torch.inference_mode():
+        mask = torch.ones_like(ids)
+        return float(
+            model(input_ids=ids, position_ids=positions, attention_mask=mask, labels=labels).loss
+        )
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "windowed" not in family])
+def test_a_skipped_document_is_scored_at_its_positions(family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    shape, sample = shape_of(model), skipped_sample()
+    factors = some_factors(shape, 1.17)
+    scorer = NeedleScorer(model, shape)
+    assert scorer.trimmed
+    with PinnedRope(model, shape).pinned(factors):
+        expected = masked_loss(model, sample)
+    score = scorer.score(sample, factors)
+    assert score.nll_sum / 7 == pytest.approx(expected, abs=1e-4)
+    scorer.trimmed = False
+    assert scorer.score(sample, factors).nll_sum == pytest.approx(score.nll_sum, abs=1e-3)
+    whole = NeedleSample(sample.input_ids, sample.answer_span, 0.0, "", "", "")
+    assert scorer.score(whole, factors).nll_sum != pytest.approx(score.nll_sum, abs=1e-2)
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_is_that_of_finite_differences(family: str, trimmed: bool) -> None:
+    model = tiny_model(tiny_config(family))
+    shape, sample = shape_of(model), random_sample(LENGTH)
+    scorer = NeedleScorer(model, shape)
+    scorer.trimmed = trimmed
+    factors = some_factors(shape, 1.17)
+    found = scorer.gradient(sample, factors)
+    plain = scorer.score(sample, factors)
+    assert found.nll_sum == pytest.approx(plain.nll_sum, abs=1e-3)
+    assert (found.num_tokens, found.correct) == (plain.num_tokens, plain.correct)
+    assert len(found.gradient) == shape.geometry.num_cosines
+
+    norm = float(np.linalg.norm(found.gradient))
+
+    def moved(step: float) -> float:
+        values = factors.values * np.exp(step * direction)
+        return scorer.score(sample, RescaleFactors(values, factors.attention_factor)).nll_sum
+
+    for seed in range(3):
+        direction = np.random.default_rng(seed).normal(size=len(factors.values))
+        difference = (moved(5e-4) - moved(-5e-4)) / 1e-3
+        slope = float(np.dot(direction, found.gradient))
+        assert slope == pytest.approx(difference, rel=0.05, abs=0.02 * norm)
+
+
+def test_a_gradient_leaves_the_model_as_it_was() -> None:
+    model = tiny_model(tiny_config("llama"))
+    shape, sample = shape_of(model), random_sample(LENGTH)
+    before = plain_loss(model, sample)
+    scorer = NeedleScorer(model, shape)
+    first = scorer.gradient(sample, some_factors(shape, 1.3))
+    assert first.gradient == scorer.gradient(sample, some_factors(shape, 1.3)).gradient
+    assert plain_loss(model, sample) == before
+    assert not any("forward" in layer.__dict__ for layer in model.get_decoder().layers)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -331,6 +331,51 @@ def test_a_samples_id_is_that_of_its_content_alone() -> None:
     assert pickle.loads(pickle.dumps(one)).id == one.id
 
 
+@settings(max_examples=30, deadline=None)
+@given(kept=st.integers(300, LENGTH), depth=st.floats(0, 1), name=st.sampled_from(list(TOKENIZERS)))
+def test_a_skipped_sample_is_the_whole_one_without_the_middles_of_its_document(
+    kept: int, depth: float, name: str
+) -> None:
+    document = list(range(5000, 5000 + LENGTH))
+
+    def sample(num_tokens: int | None) -> NeedleSample:
+        return build_sample(
+            TOKENIZERS[name],
+            document,
+            length=LENGTH,
+            key="big-kite",
+            value="1234567",
+            depth=depth,
+            num_tokens=num_tokens,
+        )
+
+    whole, skipped = sample(None), sample(kept)
+    if kept == LENGTH:
+        assert skipped.position_ids is None
+        assert skipped.id == whole.id
+        return
+    positions = skipped.position_ids
+    assert positions is not None
+    assert len(skipped.input_ids) == len(positions) == kept
+    assert np.array_equal(skipped.input_ids, whole.input_ids[positions])
+    assert np.all(np.diff(positions) > 0)
+    assert (positions[0], positions[-1]) == (0, LENGTH - 1)
+    start, stop = skipped.answer_span
+    assert stop == kept
+    assert positions[start] == whole.answer_span[0]
+    left_out = np.setdiff1d(whole.input_ids, skipped.input_ids)
+    assert np.all(left_out >= 5000), "only the document's tokens are left out"
+    assert np.count_nonzero(np.diff(positions) > 1) <= 2
+    assert skipped.id != whole.id
+
+
+def test_a_skipped_sample_too_short_for_the_template_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"needles\.skipped_tokens: expected at least \d+ .* got 20"
+    ):
+        needle_set(num_tokens=20)
+
+
 def test_text_too_short_for_the_length_is_refused_with_both_numbers() -> None:
     with pytest.raises(
         ValueError,
