@@ -177,7 +177,7 @@ def build_needle_set(
     length: int,
     num_samples: int,
     seed: int,
-    depth: str | float = "start",
+    depth: str | float | Sequence[float] = "start",
     section: str = "needles",
 ) -> list[NeedleSample]:
     """Build samples from different books, as far as there are enough, all drawn from ``seed``.
@@ -185,7 +185,7 @@ def build_needle_set(
     Args:
         length: tokens of each sample.
         depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code
-            does), or a fixed number in 0 ... 1.
+            does), a fixed number in 0 ... 1, or several, which the samples take in turns.
         section: the recipe section that a message names.
 
     Raises:
@@ -247,10 +247,12 @@ def _cycle_long_books(
         yield from long_books
 
 
-def _depth_of_sample(depth: str | float, index: int, num_samples: int) -> float:
+def _depth_of_sample(depth: str | float | Sequence[float], index: int, num_samples: int) -> float:
     """Return the depth of the needle in one of ``num_samples`` samples."""
     if depth == "start":
         return 0.0
     if depth == "stratified":
         return index / max(num_samples - 1, 1)
-    return float(depth)
+    if isinstance(depth, str | float | int):
+        return float(depth)
+    return float(depth[index % len(depth)])

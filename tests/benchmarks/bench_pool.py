@@ -71,7 +71,7 @@ def recipe(candidates: int) -> Recipe:
             "iterations": 0,
             "racing": "off",
         },
-        report={"methods": ["longrope2"], "num_samples": 1},
+        report={"methods": ["longrope2"], "num_samples": 1, "depth": "start"},
     )
 
 

@@ -204,10 +204,12 @@ def test_a_book_that_spells_a_special_token_adds_none() -> None:
         ("stratified", 1, [0.0]),
         (0.3, 2, [0.3, 0.3]),
         (1.0, 1, [1.0]),
+        ([0.75], 2, [0.75, 0.75]),
+        ([0.0, 0.5, 1.0], 5, [0.0, 0.5, 1.0, 0.0, 0.5]),
     ],
 )
 def test_the_needle_stands_where_depth_says(
-    depth: str | float, num_samples: int, depths: list[float]
+    depth: str | float | list[float], num_samples: int, depths: list[float]
 ) -> None:
     samples = needle_set(depth=depth, num_samples=num_samples)
     assert [sample.depth for sample in samples] == depths
