@@ -111,7 +111,9 @@ def score_vectors(
             if new and progress:
                 progress(len(scores), total)
     return {
-        name: NeedleSummary.of([scores[name, sample] for sample in range(len(needle_set))])
+        name: NeedleSummary.of(
+            [scores[name, sample] for sample in range(len(needle_set))], needle_set
+        )
         for name, needle_set in sets.items()
     }
 

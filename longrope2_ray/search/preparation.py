@@ -43,6 +43,7 @@ class Prepared:
                 name,
                 tuple(sample.id for sample in samples),
                 tuple(sample.answer_span[1] - sample.answer_span[0] for sample in samples),
+                tuple(sample.depth for sample in samples),
             )
             for name, samples in self.samples.items()
         }

@@ -58,7 +58,7 @@ class SleepingSetup:
 
 def needle_set(name: str, num_samples: int) -> NeedleSet:
     ids = tuple(f"{name}/{sample}" for sample in range(num_samples))
-    return NeedleSet(name, ids, (NUM_TOKENS,) * num_samples)
+    return NeedleSet(name, ids, (NUM_TOKENS,) * num_samples, (0.0,) * num_samples)
 
 
 def recipe(candidates: int) -> Recipe:

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, and one clear line for every mistake."""
 
 import json
+import math
 import shlex
 import socket
 from contextlib import nullcontext
@@ -363,6 +364,11 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(capsys,
     assert not body["monotone"]
     assert "not monotone" in said.err
     assert len(body["nll_per_sample"]) == 4
+    assert list(body["by_depth"]) == ["0", "0.25", "0.5", "0.75"]
+    for sample, scores in enumerate(body["by_depth"].values()):
+        ppl = math.exp(body["nll_per_sample"][sample] / body["tokens_per_sample"][sample])
+        right = float(body["correct_per_sample"][sample])
+        assert scores == {"ppl": pytest.approx(ppl), "accuracy": right, "num_needles": 1}
     assert body["ppl"] > 1
 
 
@@ -372,7 +378,7 @@ def fake_scores(monkeypatch) -> dict:
 
     def not_finite(prepared, vectors, progress):
         seen.update(vectors)
-        return dict.fromkeys(vectors, NeedleSummary(None, 0.0, (None,), 8))
+        return dict.fromkeys(vectors, NeedleSummary((None,), (8,), (False,), (0.0,)))
 
     monkeypatch.setattr("longrope2_ray.workers.connection.ray_session", nullcontext)
     monkeypatch.setattr(search_job, "score_vectors", not_finite)
@@ -390,10 +396,10 @@ def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsy
         "1.2",
     ]
     assert main(["score", "debug", "--factors", "pi", *options]) == 0
-    assert (
-        "pi on report@2048, attention factor 1.2: needle perplexity not finite"
-        in capsys.readouterr().out
+    assert "pi on report@2048, attention factor 1.2: needle perplexity not finite" in (
+        out := capsys.readouterr().out
     )
+    assert "  depth 0: needle perplexity not finite, accuracy 0%, needles 1\n" in out
     first = {name: vector.values[0] for name, vector in seen.items()}
     # The length is at least the target's ratio, which is what would be served.
     assert first == {

@@ -37,6 +37,7 @@ from longrope2_ray.workers.done import Done
 GEOMETRY = RopeGeometry(head_dim=64, rotary_dim=64, base=10000.0, original_length=256)
 NAMES = {"factors.png", "progress.png", "dimensions.png", "units.png", "report.html"}
 TARGET, NUM_SAMPLES, NUM_TOKENS = 2048, 5, 7
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.0)
 FINGERPRINTS = {"model": "0123abcd"}
 RECIPE = {
     "name": "toy",
@@ -119,7 +120,7 @@ def open_run(path: object) -> RunDir:
 
 def needle_set(name: str) -> NeedleSet:
     ids = tuple(f"{name}/{sample}" for sample in range(NUM_SAMPLES))
-    return NeedleSet(name, ids, (NUM_TOKENS,) * NUM_SAMPLES)
+    return NeedleSet(name, ids, (NUM_TOKENS,) * NUM_SAMPLES, DEPTHS)
 
 
 def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> Winner:
@@ -223,7 +224,9 @@ def test_format_table_marks_the_best_of_each_block(finished):
 def test_format_table_without_finite_numbers(finished):
     _, winner = finished
     rows = tuple(
-        dataclasses.replace(row, needles=dataclasses.replace(row.needles, ppl=None))
+        dataclasses.replace(
+            row, needles=dataclasses.replace(row.needles, nll_per_sample=(None,) * NUM_SAMPLES)
+        )
         for row in winner.report
     )
     infinite = dataclasses.replace(winner, report=rows)
