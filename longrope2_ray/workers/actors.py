@@ -52,7 +52,8 @@ def actor_factory(setup: Setup, resources: Mapping[str, float]) -> Callable[[str
     """Return a function that starts a worker with a given name.
 
     ``setup`` goes to Ray's object store, so that it is sent to a node once. Ray's own restarts and
-    retries are off: they run a killed call twice.
+    retries are off: they run a killed call twice. In a process that has a placement group, such as
+    a study's trial, workers are placed outside of it.
     """
     actor_class: Any = ray.remote(Worker)
     shared = ray.put(setup)
@@ -60,7 +61,7 @@ def actor_factory(setup: Setup, resources: Mapping[str, float]) -> Callable[[str
 
     def make(name: str) -> ActorHandle:
         options = {"name": name, "max_restarts": 0, "max_task_retries": 0}
-        return actor_class.options(**options, **size).remote(shared)
+        return actor_class.options(**options, **size, scheduling_strategy="DEFAULT").remote(shared)
 
     return make
 

@@ -117,7 +117,9 @@ def test_plan_needs_no_model(capsys, name):
     assert cost["units"] == 13440
 
 
-COMMANDS = ("recipe", "plan", "search", "monitor", "report", "factors", "score", "data", "train")
+COMMANDS = (
+    "recipe", "plan", "search", "monitor", "report", "factors", "score", "data", "train", "study",
+)  # fmt: skip
 
 
 def help_of(capsys, *words: str) -> str:
