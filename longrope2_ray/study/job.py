@@ -10,6 +10,7 @@ the training's workers, which the trial starts beside its own reservation.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,12 @@ from ray.exceptions import RayError
 from longrope2_ray.errors import FencedError, StoppedError
 from longrope2_ray.search.job import run_search
 from longrope2_ray.search.status import Status
+from longrope2_ray.search.winner import read_winner
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.study.preparation import PreparedTrial, prepare_study
 from longrope2_ray.study.progress import StudyObserver, StudyProgress
 from longrope2_ray.study.results import read_table, write_table
-from longrope2_ray.study.spec import Study
+from longrope2_ray.study.spec import Study, Trial
 from longrope2_ray.study.table import Failure, Table
 from longrope2_ray.workers.connection import ray_session
 
@@ -63,18 +65,27 @@ def run_study(
     """
     study_dir = RunDir(run_dir or str(Path("runs") / study.spec.name))
     jobs = prepare_study(study, study_dir)
-    missing = [job for job in jobs if not job.is_finished()]
+    finished: list[PreparedTrial] = []
+    missing: list[PreparedTrial] = []
+    for job in jobs:
+        (finished if job.is_finished() else missing).append(job)
     failures: Mapping[str, Failure] = {}
     if missing:
         study_dir.take_over()
-        progress = StudyProgress(
-            len(jobs), len(jobs) - len(missing), observe or (lambda status: None)
-        )
+        best = min(map(_search_ppl, finished), default=None)
+        progress = StudyProgress(len(jobs), len(finished), observe or (lambda status: None), best)
         with ray_session():
             failures = run_trials(missing, study_dir, study.spec.max_concurrent_trials, progress)
     table = read_table(study, jobs, failures)
     write_table(study_dir, table)
     return table
+
+
+def _search_ppl(job: PreparedTrial) -> tuple[float, str]:
+    """Return the needle perplexity of a finished trial on the search's needles, and its folder."""
+    winner = read_winner(RunDir(job.url))
+    ppl = winner.search.ppl if winner else None
+    return math.inf if ppl is None else ppl, job.trial.folder
 
 
 def require_whole(table: Table) -> None:
@@ -144,25 +155,25 @@ class _Watcher(tune.Callback):
         self._jobs = jobs
         self._progress = progress
 
-    def _name(self, trial: Any) -> str:
+    def _trial(self, trial: Any) -> Trial:
         number: int = trial.config["trial"]
-        return self._jobs[number].trial.folder
+        return self._jobs[number].trial
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._progress.started(self._name(trial))
+        self._progress.started(self._trial(trial).folder)
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        self._progress.generation(
-            self._name(trial), result["generation"], result["iterations"], result["best_ppl"]
-        )
+        its = self._trial(trial)
+        generation, of = result["generation"], result["iterations"]
+        self._progress.generation(its.folder, generation, of, result["best_ppl"], its.train)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._progress.ended(self._name(trial), failed=False)
+        self._progress.ended(self._trial(trial).folder, failed=False)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._progress.ended(self._name(trial), failed=True)
+        self._progress.ended(self._trial(trial).folder, failed=True)
 
 
 def _run_trial(

@@ -38,6 +38,7 @@ class StudyProgress:
         total: number of trials.
         finished: trials that are finished already.
         observe: called with the status after every change.
+        best: the lowest needle perplexity of the finished trials, and whose it is.
         clock: monotonic time in seconds.
     """
 
@@ -46,6 +47,7 @@ class StudyProgress:
         total: int,
         finished: int,
         observe: StudyObserver,
+        best: tuple[float, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total = total
@@ -57,7 +59,7 @@ class StudyProgress:
         self._began = clock()
         self._shares: dict[str, float] = {}
         self._texts: dict[str, str] = {}
-        self._best: tuple[float, str] | None = None
+        self._best = best
 
     def started(self, trial: str) -> None:
         """Note that a trial has started."""
@@ -65,15 +67,18 @@ class StudyProgress:
         self._texts[trial] = trial
         self._show()
 
-    def generation(self, trial: str, index: int, iterations: int, ppl: float | None) -> None:
+    def generation(
+        self, trial: str, index: int, iterations: int, ppl: float | None, trains: bool = False
+    ) -> None:
         """Note that a trial has closed a generation.
 
         Args:
             index: the generation, 0 for the initial population.
             iterations: generations after the initial one.
             ppl: the best needle perplexity of the trial so far; None if none is finite.
+            trains: whether a training follows, beside which the search does not count as work.
         """
-        self._shares[trial] = (index + 1) / (iterations + 1)
+        self._shares[trial] = 0.0 if trains else (index + 1) / (iterations + 1)
         self._texts[trial] = f"{trial} at generation {index} of {iterations}"
         if ppl is not None and (self._best is None or ppl < self._best[0]):
             self._best = ppl, trial

@@ -18,6 +18,7 @@ STUDY = """
 name = "tiny"
 recipe = "debug"
 seeds = [0, 1]
+max_concurrent_trials = 2
 settings.report.methods = ["yarn", "longrope2"]
 
 [[variants]]
@@ -98,7 +99,7 @@ def test_a_mistake_that_only_the_model_shows_is_found_before_anything_is_made(
     tmp_path: Path, study_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "study"
-    dims = ["--search.critical-dims", "[11, 99]", "--search.population-size", "99"]
+    dims = ["--search.critical-dims", "[11, 99]", "--search.population-size", "99", *TINY[-2:]]
     assert main(["study", study_file, "--run-dir", str(place), *dims]) == 2
     assert "error: variant default: search.critical_dims" in capsys.readouterr().err
     assert not place.exists()

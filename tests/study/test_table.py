@@ -124,9 +124,10 @@ def test_a_study_without_any_outcome_has_a_table_too() -> None:
 
 def test_the_progress_counts_trials_and_tells_when_it_ends() -> None:
     now, seen = [0.0], list[StudyStatus]()
-    progress = StudyProgress(6, 2, seen.append, clock=lambda: now[0])
+    progress = StudyProgress(6, 2, seen.append, (2.0, "z/seed-0"), clock=lambda: now[0])
     progress.started("a/seed-0")
     assert seen[-1].eta_seconds is None
+    assert (seen[-1].best_ppl, seen[-1].best_trial) == (2.0, "z/seed-0")
     now[0] = 10.0
     progress.generation("a/seed-0", 0, 1, 1.5)
     assert seen[-1].running == ("a/seed-0 at generation 0 of 1",)
