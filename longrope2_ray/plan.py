@@ -18,11 +18,13 @@ from longrope2_ray.model.costs import (
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.training import BandSection
-from longrope2_ray.rope.baselines import require_methods
+from longrope2_ray.rope.baselines import PLAIN, require_methods
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.comparison import num_report_units
 from longrope2_ray.search.evolution import Evolution
+from longrope2_ray.search.proposing import NUM_STARTS_RACED, proposal_equivalents
 from longrope2_ray.search.space import SearchSpace
+from longrope2_ray.search.starts import NUM_ATTENTION_FACTORS, starts
 from longrope2_ray.training.batches import check_parallel
 
 # Share of the peak FLOPs that a long prefill reaches with flash attention.
@@ -82,7 +84,9 @@ class Plan:
         num_parameters: weights of the model.
         candidates: candidates of all generations.
         units: forward passes of the search without racing, one for each sample and candidate.
-        passes_most: forward passes, the report's included, if racing saves none.
+        proposing: cost of the descent that the first generation comes from, in such passes.
+        passes_most: forward passes, the report's included, if racing saves none; those of the
+            descent, which are shorter, stand in ``proposing``.
         passes_likely: the same if racing saves what ``SAVED_BY_RACING`` says.
         pass_pflop: FLOPs of one pass by part, in units of 1e15, with their ``total``.
         pflop_most: FLOPs of ``passes_most``, in units of 1e15.
@@ -105,6 +109,7 @@ class Plan:
     num_parameters: int
     candidates: int
     units: int
+    proposing: float
     passes_most: int
     passes_likely: int
     pass_pflop: Mapping[str, float]
@@ -144,12 +149,13 @@ def plan(
     geometry = _geometry(recipe, shape)
     space = SearchSpace.from_recipe(geometry, search)
     Evolution(space, search)  # refuses what the search would refuse
-    candidates = search.population_size + search.iterations * search.num_offspring
+    first, proposing = _first_generation(recipe, shape, space, geometry)
+    candidates = first + search.iterations * search.num_offspring
     most = candidates * recipe.needles.num_samples
     likely = most if search.racing == "off" else round(most * (1 - SAVED_BY_RACING))
     flops = pass_flops(shape, search.target_length)
-    pflop_most = _search_pflop(recipe, shape, most)
-    pflop_likely = _search_pflop(recipe, shape, likely)
+    pflop_most = _search_pflop(recipe, shape, most + proposing)
+    pflop_likely = _search_pflop(recipe, shape, likely + proposing)
     # The layers of a model on several GPUs go to one GPU after another, which wait for each other.
     spread = max(1.0, scorer.gpus_per_scorer)
     gpu_share = min(scorer.gpus_per_scorer or 1.0, 1.0)
@@ -162,6 +168,7 @@ def plan(
         num_parameters=num_parameters(shape),
         candidates=candidates,
         units=most,
+        proposing=proposing,
         passes_most=most + num_report_units(recipe),
         passes_likely=likely + num_report_units(recipe),
         pass_pflop={part: number / 1e15 for part, number in flops.items()},
@@ -232,7 +239,19 @@ def _geometry(recipe: Recipe, shape: ModelShape) -> RopeGeometry:
     return RopeGeometry(shape.head_dim, shape.rotary_dim, shape.rope_base, original)
 
 
-def _search_pflop(recipe: Recipe, shape: ModelShape, units: int) -> float:
+def _first_generation(
+    recipe: Recipe, shape: ModelShape, space: SearchSpace, geometry: RopeGeometry
+) -> tuple[int, float]:
+    """Candidates of the first generation, and what proposing them costs in full passes."""
+    search = recipe.search
+    if not search.descent_steps:
+        return search.population_size, 0.0
+    num_starts = len(starts(geometry, space, search.target_length, 1.0))
+    factors = 1 if space.fixed_attention else NUM_ATTENTION_FACTORS
+    return factors + NUM_STARTS_RACED + len(PLAIN), proposal_equivalents(search, shape, num_starts)
+
+
+def _search_pflop(recipe: Recipe, shape: ModelShape, units: float) -> float:
     """FLOPs of the search's ``units`` passes and of the report's passes, in units of 1e15."""
     target = recipe.search.target_length
     lengths = recipe.report.lengths or [target]
@@ -279,6 +298,7 @@ def _search_lines(cost: Plan) -> list[str]:
         f"model            {cost.num_parameters / 1e9:.3f} B parameters",
         f"candidates       {cost.candidates}",
         f"units            {cost.units} at most",
+        *([f"descent          {cost.proposing:.1f} full passes"] if cost.proposing else []),
         f"forward passes   {cost.passes_most} at most, about {cost.passes_likely} with racing, "
         f"report included",
         f"one pass         {flops['total']:.4g} PFLOP (linear {flops['linear']:.4g}, "

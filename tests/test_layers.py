@@ -14,7 +14,7 @@ GRAPH = import_graph(MODULES)
 # A package imports itself and what stands before it.
 ORDER = (
     "errors", "storage", "rope", "recipe", "tasks", "workers", "model", "data", "search", "export",
-    "training", "evaluation", "report", "plan", "cli",
+    "training", "evaluation", "report", "study", "plan", "cli",
 )  # fmt: skip
 
 # The front door imports anything, and nothing imports it.

@@ -75,27 +75,27 @@ def test_linear_flops_grow_with_the_length_and_attention_with_its_square() -> No
 def test_units_are_candidates_times_samples_and_passes_add_the_report() -> None:
     cost = plan(
         recipe(
-            needles={"num_samples": 5}, report={"num_samples": 3, "methods": ["pi", "longrope2"]}
+            needles={"num_samples": 5}, report={"num_samples": 4, "methods": ["pi", "longrope2"]}
         ),
         SHAPE,
         "h100",
     )
     assert cost.candidates == 16 + 3 * 8
     assert cost.units == 40 * 5
-    assert cost.passes_most == 200 + 2 * 3
-    assert cost.passes_likely == round(200 * (1 - SAVED_BY_RACING)) + 2 * 3
+    assert cost.passes_most == 200 + 2 * 4
+    assert cost.passes_likely == round(200 * (1 - SAVED_BY_RACING)) + 2 * 4
     assert cost.gpu_hours_likely < cost.gpu_hours_most
 
 
 def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
     sections = {
-        "num_samples": 3,
+        "num_samples": 4,
         "methods": ["pi"],
         "lengths": [512, 1024],
         "attention_factors": [1.0, "su", "yarn"],
     }
     cost = plan(recipe(report=sections), SHAPE, "h100")
-    assert cost.passes_most - cost.units == 2 * 3 * 3
+    assert cost.passes_most - cost.units == 2 * 3 * 4
 
 
 def test_without_racing_every_unit_is_likely() -> None:

@@ -30,7 +30,12 @@ GEOMETRY = RopeGeometry(head_dim=32, rotary_dim=32, base=10_000.0, original_leng
 TARGET_LENGTH = 1024
 NUM_SAMPLES = 4
 NEEDLE_SETS = {
-    name: NeedleSet(name, tuple(f"{name}/{i}" for i in range(NUM_SAMPLES)), (7,) * NUM_SAMPLES)
+    name: NeedleSet(
+        name,
+        tuple(f"{name}/{i}" for i in range(NUM_SAMPLES)),
+        (7,) * NUM_SAMPLES,
+        (0.0, 0.25, 0.5, 0.75),
+    )
     for name in (SEARCH_SET, *map(report_set, (TARGET_LENGTH, 2 * TARGET_LENGTH)))
 }
 IDENTITY = {

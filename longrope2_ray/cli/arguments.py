@@ -59,6 +59,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="recipe file or the name of a shipped recipe; options --section.field VALUE after it "
         "override its fields",
     )
+    parser.set_defaults(first="RECIPE")
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Let the command take a study, and options that override its trials' recipe fields."""
+    parser.add_argument(
+        "recipe",
+        metavar="STUDY",
+        help="study file; options --section.field VALUE after it override the recipe fields of all "
+        "its trials",
+    )
+    parser.set_defaults(first="STUDY")
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from longrope2_ray.cli import planning, search, training, vectors
+from longrope2_ray.cli import planning, search, study, training, vectors
 from longrope2_ray.cli.exit_codes import FENCED, INTERRUPTED, STOPPED, SUCCESS, USAGE_ERROR
 from longrope2_ray.errors import FencedError, StoppedError
 
@@ -57,7 +57,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (planning, search, vectors, training):
+    for group in (planning, search, vectors, training, study):
         group.add_commands(commands)
     arguments, rest = parser.parse_known_args(words)
     if rest and not hasattr(arguments, "recipe"):
@@ -73,7 +73,9 @@ def _require_recipe_first(words: Sequence[str], arguments: argparse.Namespace) -
     before = words[: words.index(arguments.recipe)]
     early = [word for word in before if word in arguments.overrides and "=" not in word]
     if early:
-        raise ValueError(f"RECIPE: expected before {early[0]}, got {arguments.recipe!r} after it")
+        raise ValueError(
+            f"{arguments.first}: expected before {early[0]}, got {arguments.recipe!r} after it"
+        )
 
 
 def _log_to_stderr() -> None:

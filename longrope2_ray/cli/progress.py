@@ -9,6 +9,7 @@ class ProgressLine:
 
     def __init__(self) -> None:
         self._subject: str | None = None
+        self._width = 0
 
     def show(self, subject: str, count: str) -> None:
         """Show ``subject count``; another subject begins a new line."""
@@ -16,8 +17,12 @@ class ProgressLine:
         if live and self._subject not in (None, subject):
             print(file=sys.stderr)
         self._subject = subject
-        begin, end = ("\r", "") if live else ("", "\n")
-        print(f"{begin}{subject} {count}", end=end, file=sys.stderr, flush=True)
+        line = f"{subject} {count}"
+        if live:
+            # What the line before had more is covered.
+            line = "\r" + line.ljust(self._width)
+            self._width = len(line) - 1
+        print(line, end="" if live else "\n", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressLine":
         return self

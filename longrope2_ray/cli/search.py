@@ -119,7 +119,7 @@ def _print_effort(run_dir: "RunDir") -> None:
         elapsed = format_seconds(status.elapsed_seconds)
         print(
             f"\n{status.units_done} units scored, {status.units_eliminated} spared by racing, "
-            f"in {elapsed}"
+            f"in {elapsed}; the search cost {status.equivalents:.0f} full-length equivalents"
         )
 
 

@@ -294,20 +294,31 @@ def _score_json(
         "attention_factor": factors.attention_factor,
         "monotone": factors.monotone,
         **summary.to_json(),
+        "by_depth": {
+            depth: {"ppl": needles.ppl, "accuracy": needles.accuracy, "num_needles": len(needles)}
+            for depth, needles in summary.by_depth().items()
+        },
     }
 
 
 def _score_text(
     source: str, needle_set: str, factors: RescaleFactors, summary: "NeedleSummary"
 ) -> str:
-    ppl = _finite(summary.ppl, ".4g")
     lines = [
         f"{source} on {needle_set}, attention factor {factors.attention_factor:.4g}: "
-        f"needle perplexity {ppl}, accuracy {summary.accuracy:.0%}"
+        f"{_score(summary)}"
     ]
+    for depth, needles in summary.by_depth().items():
+        lines.append(f"  depth {depth}: {_score(needles)}, needles {len(needles)}")
     for sample, nll in enumerate(summary.nll_per_sample):
-        lines.append(f"  sample {sample}: NLL {_finite(nll, '.4f')}")
+        place = summary.depth_per_sample[sample]
+        lines.append(f"  sample {sample}: NLL {_finite(nll, '.4f')}, depth {place:.3g}")
     return "\n".join(lines)
+
+
+def _score(needles: "NeedleSummary") -> str:
+    ppl = _finite(needles.ppl, ".4g")
+    return f"needle perplexity {ppl}, accuracy {needles.accuracy:.0%}"
 
 
 def _finite(number: float | None, form: str) -> str:

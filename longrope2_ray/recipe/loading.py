@@ -2,12 +2,12 @@
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import (
     CliSettingsSource,
     SettingsError,
@@ -42,30 +42,58 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> Recipe:
     """Load a recipe and apply overrides to its fields.
 
     Args:
         name: a TOML file, or the name of a shipped recipe.
         overrides: words as on the command line, such as ``["--search.seed", "1"]``.
+        settings: nested tables of fields, weaker than the overrides, stronger than the file.
+        origin: where the settings come from, for the messages.
 
     Raises:
         RecipeError: if the file is missing or not TOML, or any field is unknown or out of range.
     """
     path = find_recipe(str(name))
+    title = f"{path} with {origin}" if origin else str(path)
+    data = merge_tables(read_toml(path, "recipe"), settings or {})
+    for key in data:
+        if key.startswith("_"):  # pydantic-settings would take it as an argument of its own
+            raise RecipeError(f"{title}:\n  {key}: unknown recipe field")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        for key in data:
-            if key.startswith("_"):  # pydantic-settings would take it as an argument of its own
-                raise RecipeError(f"{path}:\n  {key}: unknown recipe field")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe: expected TOML in {path}, got {error}") from error
-    try:
-        return Recipe(**_merge(data, _overrides(overrides)))
+        return Recipe(**merge_tables(data, _overrides(overrides)))
     except ValidationError as error:
-        raise RecipeError(
-            f"{path}:\n" + "\n".join(f"  {line}" for line in _lines(error))
-        ) from error
+        raise RecipeError(mistakes(title, error, Recipe, "recipe")) from error
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Args:
+        kind: what the file is, for the message.
+
+    Raises:
+        RecipeError: if it cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{kind}: expected TOML in {path}, got {error}") from error
+
+
+def mistakes(title: str, error: ValidationError, model: type[BaseModel], kind: str) -> str:
+    """Return the message for the mistakes in a file: its title, and a line for each wrong field.
+
+    Args:
+        model: what the file was validated as; an unknown field gets the nearest of its fields.
+        kind: what the file is.
+    """
+    return f"{title}:\n" + "\n".join(f"  {line}" for line in _lines(error, model, kind))
 
 
 def model_section(path: str, **fields: Any) -> ModelSection:
@@ -107,26 +135,29 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
         raise RecipeError(f"command line: {error}") from error
 
 
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def merge_tables(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested tables of fields, in which the values of ``high`` replace those of ``low``."""
     merged = dict(low)
     for key, value in high.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_tables(merged[key], value) if both else value
     return merged
 
 
-def _lines(error: ValidationError) -> list[str]:
+def _lines(
+    error: ValidationError, model: type[BaseModel] = Recipe, kind: str = "recipe"
+) -> list[str]:
     """Return one line for each wrong field; pydantic has an error for each branch of a union."""
     first: dict[str, str] = {}
     for complaint in error.errors():
-        line = _explain(complaint)
+        line = _explain(complaint, model, kind)
         field = line.split(":", 1)[0]
         if line != first.setdefault(field, line):
             first[field] += f", or {line.split(': ', 1)[1]}"
     return list(first.values())
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel], kind: str) -> str:
     """Return an error of pydantic as ``section.field: expected ..., got ...``."""
     # Names of a union's branches are no part of the field's name.
     branches = ("float", "literal[")
@@ -134,8 +165,8 @@ def _explain(error: Any) -> str:
         part for part in error["loc"] if isinstance(part, str) and not part.startswith(branches)
     )
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location, list(field_names(Recipe)), n=1, cutoff=0.5)
-        return f"{location}: unknown recipe field" + (f"; did you mean {near[0]}?" if near else "")
+        near = difflib.get_close_matches(location, list(field_names(model)), n=1, cutoff=0.5)
+        return f"{location}: unknown {kind} field" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{location}: missing, and it has no default"
     if error["type"] in ("missing", "too_long"):  # the tuples of a recipe are pairs

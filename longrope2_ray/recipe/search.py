@@ -14,11 +14,13 @@ class SearchSection(Section):
     target_length: Annotated[Positive, PartOf("search", "segments")] = Field(
         description="Target window L in tokens, above the original one."
     )
-    preset: Annotated[Literal["default", "paper", "authors", "longrope", "random"], SEARCH] = Field(
+    preset: Annotated[
+        Literal["default", "descent", "paper", "authors", "longrope", "random"], SEARCH
+    ] = Field(
         "default",
-        description="Defaults of the fields below: measured best, the paper's, the authors' code, "
-        "the first LongRoPE's search over every dimension from PI, NTK and YaRN with the "
-        "positions at the start, random search.",
+        description="Defaults of the fields below: the best of the evolutionary ones; a descent "
+        "from published methods; the paper's; the authors' code; the first LongRoPE's search over "
+        "every dimension from PI, NTK and YaRN with the positions at the start; random search.",
     )
     population_size: Annotated[Positive, SEARCH] = Field(
         64, description="Candidates in the initial population, P."
@@ -117,6 +119,20 @@ class SearchSection(Section):
     racing_confidence: Annotated[float, SEARCH] = Field(
         2.0, gt=0, description="Standard errors a statistical race asks for."
     )
+    descent_steps: Annotated[int, SEARCH] = Field(
+        0,
+        ge=0,
+        description="Steps down the gradient of skipped documents before the first generation; 0 "
+        "is the paper, whose first generation is drawn.",
+    )
+    skipped_needles: Annotated[Positive, SEARCH] = Field(
+        8, description="Skipped documents of each step, which are drawn anew for it."
+    )
+    skipped_tokens: Annotated[Positive | None, SEARCH] = Field(
+        None,
+        description="Tokens of a skipped document, which keep their positions; 3/16 of the target "
+        "length unless given.",
+    )
     seed: Annotated[int, SEARCH] = Field(0, ge=0, description="Seed of the search.")
 
     @model_validator(mode="before")
@@ -134,6 +150,11 @@ class SearchSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "SearchSection":
+        if self.skipped_tokens is not None and self.skipped_tokens > self.target_length:
+            raise ValueError(
+                f"skipped_tokens: expected at most target_length {self.target_length}, got "
+                f"{self.skipped_tokens}"
+            )
         if self.top_k > self.population_size:
             raise ValueError(
                 f"top_k: expected at most population_size {self.population_size}, got {self.top_k}"
@@ -168,14 +189,16 @@ class SearchSection(Section):
         return self
 
 
-# What a preset sets beside the paper's own defaults above. "default" is what jobs/LOG.md measured
-# to be best, "paper" is Alg. 2 read literally, "authors" has the operators of their code,
-# "longrope" is the first paper's search (its Table 4), "random" forgets its parents.
+# What a preset sets beside the defaults above. "default" is what jobs/LOG.md measured to be the
+# best way to breed, "descent" follows gradients instead, "paper" is Alg. 2 read literally,
+# "authors" has the operators of their code, "longrope" is the first paper's search (its Table 4),
+# "random" forgets its parents.
 _PLAIN = {"top_k": 32, "initial": "mutants", "shift_probability": 0.0}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "descent": {"descent_steps": 16, "iterations": 0, "attention_factor": "search"},
     "paper": {**_PLAIN, "mutation": "neighbors"},
     "authors": {**_PLAIN, "mutation": "authors", "crossover": "authors"},
     "longrope": {

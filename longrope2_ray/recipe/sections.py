@@ -1,11 +1,39 @@
 """The recipe's sections for needles, the report, scorers and storage."""
 
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from longrope2_ray.recipe.base import AttentionFactor, Location, Positive, Section
 from longrope2_ray.recipe.identity import FREE, SEARCH
+
+DEPTHS = [0.0, 0.25, 0.5, 0.75]
+
+
+def _check_depth(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """Return the depth that a recipe says; a list of one, as the command line makes it, as one."""
+    depth: Any = []
+    with suppress(ValidationError):
+        depth = read(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    if isinstance(depth, str):
+        return depth
+    numbers = depth if isinstance(depth, list) else [depth]
+    if not numbers or not all(0 <= number <= 1 for number in numbers):
+        raise ValueError(
+            f"expected start, stratified, a number in 0 ... 1 or a list of such numbers, "
+            f"got {value!r}"
+        )
+    return depth
+
+
+Depth = Annotated[Literal["start", "stratified"] | float | list[float], WrapValidator(_check_depth)]
 
 
 class NeedleSection(Section):
@@ -17,18 +45,20 @@ class NeedleSection(Section):
     num_samples: Annotated[Positive, SEARCH] = Field(
         10, description="Needle documents, each from another book as far as there are enough."
     )
-    depth: Annotated[Literal["start", "stratified"] | float, SEARCH] = Field(
-        "start",
-        description="Where needles stand: start (paper), stratified over 0 ... 1, or a number in "
-        "0 ... 1.",
+    depth: Annotated[Depth, SEARCH] = Field(
+        DEPTHS,
+        description="Where needles stand: start (paper), stratified over 0 ... 1, a number in "
+        "0 ... 1, or a list of numbers, which they take in turns.",
     )
     seed: Annotated[int, SEARCH] = Field(0, ge=0, description="Seed of the needles.")
 
     @model_validator(mode="after")
     def _check(self) -> "NeedleSection":
-        if not isinstance(self.depth, str) and not 0 <= self.depth <= 1:
+        num_depths = len(self.depth) if isinstance(self.depth, list) else 1
+        if self.num_samples < num_depths:
             raise ValueError(
-                f"depth: expected start, stratified or a number in 0 ... 1, got {self.depth}"
+                f"num_samples: expected at least {num_depths} needles, one for each depth, got "
+                f"{self.num_samples}; raise it, or name fewer depths"
             )
         return self
 
@@ -40,8 +70,8 @@ class ReportSection(NeedleSection):
         ["bundled:report"], description="Texts for reporting; keep them apart from needles.text."
     )
     num_samples: Annotated[Positive, FREE] = Field(10, description="Held-out needle documents.")
-    depth: Annotated[Literal["start", "stratified"] | float, FREE] = Field(
-        "start", description="Where held-out needles stand, as needles.depth."
+    depth: Annotated[Depth, FREE] = Field(
+        DEPTHS, description="Where held-out needles stand, as needles.depth."
     )
     seed: Annotated[int, FREE] = Field(
         1, ge=0, description="Seed of the held-out needles; keep it apart from needles.seed."

@@ -45,6 +45,8 @@ def run_facts(run: RunData) -> Iterator[tuple[str, str]]:
     expected = "unknown" if run.iterations is None else run.iterations + 1
     yield "generations closed", f"{len(run.generations)} of {expected}"
     yield from _unit_facts(run)
+    if run.status and run.status.equivalents:
+        yield "cost of the search", f"{run.status.equivalents:.1f} full-length equivalents (FLOPs)"
     if run.busy_share is not None:
         seconds = sum(g.end - g.begin for g in run.generations)
         yield "searching", f"{seconds:.4g} s, scorers {run.busy_share:.0%} busy"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longrope2_ray.report.depth_figure import draw_depths
 from longrope2_ray.report.factors_figure import draw_factors
 from longrope2_ray.report.figure_style import draw_message
 from longrope2_ray.report.rundata import RunData
@@ -45,6 +46,13 @@ SEARCH_FIGURES = (
         draw_factors,
         "Rescale factor per RoPE dimension, found and baselines, on a log axis. Vertical lines: "
         "the critical dimension that the search found and the theoretical one.",
+        needs_generations=False,
+    ),
+    ReportFigure(
+        "depth.png",
+        draw_depths,
+        "Needle perplexity by the needle's depth, held out, each method at its own best attention "
+        "factor of those reported (the number beside its name).",
         needs_generations=False,
     ),
     ReportFigure(

@@ -11,9 +11,19 @@ from longrope2_ray.report.facts import (
     run_facts,
     training_rows,
 )
+from longrope2_ray.report.figure_style import name_of_result
 from longrope2_ray.report.figures import SEARCH_FIGURES, TRAINING_FIGURE, ReportFigure
 from longrope2_ray.report.rundata import RunData
-from longrope2_ray.report.tables import HEADINGS, comparison_blocks, comparison_notes
+from longrope2_ray.report.tables import (
+    VERDICT,
+    WHAT_RATIOS_ARE,
+    Block,
+    comparison_blocks,
+    comparison_notes,
+    interval_blocks,
+)
+from longrope2_ray.report.verdict_sentences import verdict_lines
+from longrope2_ray.search.winner import Winner
 
 REFRESH_SECONDS = 20.0
 # Only the page of a run that is not finished has this.
@@ -25,11 +35,12 @@ h1 { font-size: 1.5em; margin-bottom: 0 }
 h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums }
 caption { text-align: left; font-weight: 600; padding: .4em 0 }
-th, td { padding: .2em 1.2em .2em 0; text-align: right; border-bottom: 1px solid #eee;
+th, td { padding: .2em .8em .2em 0; text-align: right; border-bottom: 1px solid #eee;
   vertical-align: top }
+td { white-space: nowrap }
 th:first-child, td:first-child, .facts td { text-align: left }
 thead th { border-bottom: 1px solid #999 }
-.facts td { overflow-wrap: anywhere }
+.facts td { overflow-wrap: anywhere; white-space: normal }
 .facts td:first-child { color: #555; white-space: nowrap }
 .best td { font-weight: 700; background: #fdf0e6 }
 figure { margin: 1.5em 0 }
@@ -78,12 +89,30 @@ def _state(run: RunData) -> str:
 def _comparison(run: RunData) -> str:
     if not run.winner:
         return ""
-    tables = "".join(
-        _table(HEADINGS, block.rows, block.best, block.title)
-        for block in comparison_blocks(run.winner)
-    )
+    tables = "".join(map(_block, comparison_blocks(run.winner)))
     notes = escape(" ".join(comparison_notes(run.winner)))
-    return f'<h2>Comparison</h2>\n<p class="note">{notes}</p>\n{tables}'
+    verdict = _verdict(run.winner)
+    return (
+        f'<h2>Comparison</h2>\n{verdict}<p class="note">{notes}</p>\n{tables}'
+        f"{_intervals(run.winner)}"
+    )
+
+
+def _verdict(winner: Winner) -> str:
+    lines = "".join(f"<p><strong>{escape(line)}</strong></p>\n" for line in verdict_lines(winner))
+    return f'{lines}<p class="note">{VERDICT}.</p>\n' if lines else ""
+
+
+def _intervals(winner: Winner) -> str:
+    tables = "".join(map(_block, interval_blocks(winner)))
+    found = name_of_result(winner.candidate.critical_dim)
+    note = f'<p class="note">{escape(WHAT_RATIOS_ARE.format(found=found))}</p>'
+    summary = "<summary>Intervals, baseline by baseline</summary>"
+    return f"<details>{summary}\n{note}\n{tables}</details>\n" if tables else ""
+
+
+def _block(block: Block) -> str:
+    return _table(block.headings, block.rows, block.best, block.title)
 
 
 def _trainings(run: RunData, figures: Mapping[str, str]) -> str:

@@ -23,7 +23,8 @@ class Descent:
     """Adam on the logarithms of a factor vector, as ask and tell.
 
     After each step the vector is made non-decreasing and brought inside its bounds. The step size
-    falls from ``rate`` to zero as half a cosine.
+    falls from ``rate`` to zero as half a cosine. The first dimensions may be kept as they are:
+    where a period is short, the score is rough and its gradient mostly noise.
 
     Args:
         start: (d/2,) factors to start from.
@@ -31,12 +32,23 @@ class Descent:
         high: highest factor.
         num_steps: steps until it is finished.
         rate: size of the first step, in units of a factor's logarithm.
+        num_kept: first dimensions that keep their factors.
     """
 
-    def __init__(self, start: np.ndarray, *, low: float, high: float, num_steps: int, rate: float):
+    def __init__(
+        self,
+        start: np.ndarray,
+        *,
+        low: float,
+        high: float,
+        num_steps: int,
+        rate: float,
+        num_kept: int = 0,
+    ):
         self._bounds = math.log(low), math.log(high)
         self._num_steps = num_steps
         self._rate = rate
+        self._num_kept = num_kept
         self._logs = self._inside(np.log(start))
         self._mean = np.zeros_like(self._logs)
         self._square = np.zeros_like(self._logs)
@@ -73,6 +85,7 @@ class Descent:
                 "try model.dtype = 'float32'"
             )
         gradient = np.sum(finite, axis=0) / num_tokens
+        gradient[: self._num_kept] = 0.0
         rate = self._rate * 0.5 * (1 + math.cos(math.pi * self.step / self._num_steps))
         self.step += 1
         first, second = BETAS

@@ -53,8 +53,12 @@ class Evolution:
         self.settings = settings
         self._variation = Variation(space, settings)
         self._seen: set[str] = set()
-        self.generation = Generation(0, (), {}, self._initial_population())
-        self._seen.update(candidate.id for candidate in self.generation.candidates)
+        self.begin(() if settings.descent_steps else self._initial_population())
+
+    def begin(self, first: Sequence[Candidate]) -> None:
+        """[ours] Begin with these candidates as the initial population, as a descent found them."""
+        self.generation = Generation(0, (), {}, tuple(first))
+        self._seen = {candidate.id for candidate in first}
 
     def ask(self) -> tuple[Candidate, ...]:
         """Return the candidates that have to be scored; none once the search is finished."""

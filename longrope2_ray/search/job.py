@@ -19,7 +19,7 @@ from longrope2_ray.recipe.sections import ScorerSection
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.search.loop import SearchLoop
 from longrope2_ray.search.preparation import Prepared, finished_winner, open_run, prepare
-from longrope2_ray.search.scores import NeedleSummary, Score, Unit, UnitScore
+from longrope2_ray.search.scores import NeedleSummary, Score, Unit, UnitScore, is_descent
 from longrope2_ray.search.status import Observer
 from longrope2_ray.search.winner import Winner
 from longrope2_ray.storage.rundir import RunDir
@@ -111,7 +111,9 @@ def score_vectors(
             if new and progress:
                 progress(len(scores), total)
     return {
-        name: NeedleSummary.of([scores[name, sample] for sample in range(len(needle_set))])
+        name: NeedleSummary.of(
+            [scores[name, sample] for sample in range(len(needle_set))], needle_set
+        )
         for name, needle_set in sets.items()
     }
 
@@ -143,7 +145,8 @@ class ScorerSetup:
         scorer = NeedleScorer(loaded, self.shape, mlp_chunk_tokens=settings.mlp_chunk_tokens)
 
         def score(unit: Unit) -> UnitScore:
-            return scorer.score(self.samples[unit.needle_set][unit.sample], unit.factors)
+            compute = scorer.gradient if is_descent(unit.needle_set) else scorer.score
+            return compute(self.samples[unit.needle_set][unit.sample], unit.factors)
 
         return score
 

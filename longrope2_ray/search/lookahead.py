@@ -159,7 +159,7 @@ class IdleWork:
         self._needle_sets = needle_sets
         self._comparisons = comparisons
         self._enabled = enabled
-        self._searching = True
+        self._searching = False
         self._guessed_winner = ""
         self._of_tables: deque[Unit] = deque()
         self._lookahead = Lookahead(
@@ -185,6 +185,10 @@ class IdleWork:
             self._guessed_winner = best.id
             self.queue_tables(best)
             yield from self._drain_tables()
+
+    def begin_search(self) -> None:
+        """Note that there are generations to look ahead to from now on."""
+        self._searching = True
 
     def add(self, score: Score) -> None:
         """Count a committed score on the search's needles."""

@@ -4,17 +4,19 @@ All that the loop needs to go on after a kill is in the ledger: a resumed search
 units and finds most of their scores there.
 """
 
-import statistics
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from longrope2_ray.errors import FencedError, RunDirError, StoppedError
 from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.comparison import Comparison, comparisons, num_report_units
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.lookahead import IdleWork
-from longrope2_ray.search.racing import EVERYTHING, Race, RaceRules
+from longrope2_ray.search.proposing import NUM_FINALISTS, Proposer
+from longrope2_ray.search.racing import Race, RaceRules, race_of_all
 from longrope2_ray.search.scheduling import Scheduler, Scorers
 from longrope2_ray.search.scores import (
     SEARCH_SET,
@@ -64,8 +66,8 @@ class SearchLoop:
         self._run_dir = run_dir
         self._scorers = scorers
         self._fingerprints = fingerprints
-        space = SearchSpace.from_recipe(geometry, recipe.search)
-        self._evolution = Evolution(space, recipe.search)
+        self._space = SearchSpace.from_recipe(geometry, recipe.search)
+        self._evolution = Evolution(self._space, recipe.search)
         self._rules = RaceRules.of(recipe.search)
         self._ledger = scores_of(run_dir).load()
         self._scheduler = Scheduler(scorers, self._ledger, needle_sets, self._committed)
@@ -81,7 +83,7 @@ class SearchLoop:
         self.status = Status(
             recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger)
         )
-        self._board = StatusBoard(self.status, run_dir, observers)
+        self._board = StatusBoard(self.status, run_dir, observers, needle_sets)
         self._board.found(self._ledger.values())
 
     def run(self) -> Winner:
@@ -112,9 +114,15 @@ class SearchLoop:
 
     def _run(self) -> Winner:
         # The baselines do not depend on the winner: idle scorers score them during the search.
-        self.status.state = "searching"
         self._idle_work.queue_tables(None)
         self._board.asked((row.vector_id, row.needle_set) for row in self._comparisons(None))
+        if self._recipe.search.descent_steps:
+            self.status.state = "descending"
+            inputs = self._geometry, self._space, self._recipe.search, self._num_samples
+            proposer = Proposer(*inputs, self._run_skipped, self._stepped)
+            self._evolution.begin(proposer.propose())
+        self.status.state = "searching"
+        self._idle_work.begin_search()
         while not self._evolution.finished:
             candidates = self._evolution.ask()
             race = self._score(candidates)
@@ -127,6 +135,23 @@ class SearchLoop:
         self.status.eta_seconds = 0.0
         self._board.show("end")
         return winner
+
+    # --- the descent
+
+    def _run_skipped(
+        self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str
+    ) -> dict[str, list[Score | None]]:
+        """Run a race on skipped documents; return the scores of each vector, by sample."""
+        self._board.asked((id, needle_set) for id in vectors)
+        self._scheduler.run(race, vectors, needle_set, self._idle_work.units)
+        self._refresh(race)
+        ids = self._needle_sets[needle_set].sample_ids
+        return {id: [self._ledger.get((id, sample)) for sample in ids] for id in vectors}
+
+    def _stepped(self, step: int, candidate: Candidate, scores: Sequence[Score]) -> None:
+        """Show where the descent stands."""
+        nll, num_tokens = math.fsum(s.nll for s in scores), sum(s.num_tokens for s in scores)
+        self._board.stepped(step, candidate.critical_dim, perplexity(nll, num_tokens))
 
     # --- a generation
 
@@ -161,22 +186,12 @@ class SearchLoop:
         record = GenerationRecord(index, tuple(candidates), tuple(survivors))
         write_generation(self._run_dir, record)
         self._ledger.compact()
-        ppls = [survivor.ppl for survivor in survivors if survivor.ppl is not None]
-        dims = sorted(c.critical_dim for c in generation.survivors)
-        status = self.status
-        status.generation = index
-        status.best_critical_dim = self._evolution.best.critical_dim
-        status.best_ppl = ppls[0] if ppls else None
-        status.median_ppl = statistics.median(ppls) if ppls else None
-        status.worst_ppl = ppls[-1] if ppls else None
-        status.critical_dims = {str(dim): dims.count(dim) for dim in dict.fromkeys(dims)}
-        status.units_eliminated += race.num_units_saved
-        self._board.show("generation")
+        self._board.closed(record, race.num_units_saved)
 
     # --- the tables
 
     def _comparisons(self, winner: Candidate | None) -> list[Comparison]:
-        fixed = self._evolution.space.fixed_attention
+        fixed = self._space.fixed_attention
         return list(comparisons(self._recipe, self._geometry, winner, fixed))
 
     def _winner(self) -> Winner:
@@ -187,9 +202,7 @@ class SearchLoop:
         self._board.asked((row.vector_id, row.needle_set) for row in rows)
         for name in dict.fromkeys(row.needle_set for row in rows):
             vectors = {row.vector_id: row.factors for row in rows if row.needle_set == name}
-            # Every row is reported: nothing is eliminated, and critical dimensions do not matter.
-            no_dims = dict.fromkeys(vectors, 0)
-            race = Race(no_dims, list(vectors), {}, len(self._needle_sets[name]), EVERYTHING)
+            race = race_of_all(list(vectors), len(self._needle_sets[name]))
             self._scheduler.run(race, vectors, name, self._idle_work.units)
             self._refresh(race)
         return Winner(
@@ -217,10 +230,18 @@ class SearchLoop:
             self._board.show("units")
 
     def _refresh(self, race: Race) -> None:
-        search, later, tables = self._recipe.search, 0, 0
-        if self.status.state == "searching":
-            generations = search.iterations - self._evolution.generation.index
-            later = generations * search.num_offspring * self._num_samples
-            tables = num_report_units(self._recipe)
+        later = _units_later(self._recipe, self.status, self._evolution.generation.index)
+        tables = 0 if self.status.state == "reporting" else num_report_units(self._recipe)
         counts, faults = self._scorers.counts(), self._scorers.faults()
         self._board.refresh(race.num_units_left, later, tables, counts, faults)
+
+
+def _units_later(recipe: Recipe, status: Status, generation: int) -> int:
+    """Return how many units the search needs at most after the open race, the tables' aside."""
+    search, num_samples = recipe.search, recipe.needles.num_samples
+    if status.state == "descending":
+        steps = search.descent_steps - status.descent_step
+        return steps * search.skipped_needles + NUM_FINALISTS * num_samples
+    if status.state == "searching":
+        return (search.iterations - generation) * search.num_offspring * num_samples
+    return 0

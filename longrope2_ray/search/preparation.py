@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longrope2_ray.model.costs import GRADIENT_PASSES, full_equivalents
 from longrope2_ray.recipe.identity import identity
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
@@ -11,12 +12,23 @@ from longrope2_ray.recipe.sections import NeedleSection
 from longrope2_ray.rope.baselines import require_methods
 from longrope2_ray.search.comparison import comparisons
 from longrope2_ray.search.evolution import Evolution
-from longrope2_ray.search.scores import SEARCH_SET, NeedleSet, report_set
+from longrope2_ray.search.proposing import num_skipped_tokens
+from longrope2_ray.search.scores import (
+    SEARCH_SET,
+    SKIPPED_SET,
+    NeedleSet,
+    descent_set,
+    is_descent,
+    report_set,
+)
 from longrope2_ray.search.space import SearchSpace
 from longrope2_ray.search.winner import Winner, read_winner
 from longrope2_ray.storage.rundir import GENERATIONS_FOLDER, SCORES_FOLDER, RunDir
 from longrope2_ray.tasks.books import Book, load_books
 from longrope2_ray.tasks.needle import NeedleSample, build_needle_set, needle_fingerprint
+
+# The skipped documents have keys and values of their own.
+SKIPPED_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,18 @@ class Prepared:
     @property
     def needle_sets(self) -> dict[str, NeedleSet]:
         """The needle sets as the search sees them, by name."""
-        return {
-            name: NeedleSet(
-                name,
-                tuple(sample.id for sample in samples),
-                tuple(sample.answer_span[1] - sample.answer_span[0] for sample in samples),
-            )
-            for name, samples in self.samples.items()
-        }
+        return {name: self._needle_set(name, samples) for name, samples in self.samples.items()}
+
+    def _needle_set(self, name: str, samples: Sequence[NeedleSample]) -> NeedleSet:
+        tokens = len(samples[0].input_ids)
+        equivalents = full_equivalents(self.shape, tokens, self.recipe.search.target_length)
+        return NeedleSet(
+            name,
+            tuple(sample.id for sample in samples),
+            tuple(sample.answer_span[1] - sample.answer_span[0] for sample in samples),
+            tuple(sample.depth for sample in samples),
+            equivalents * (GRADIENT_PASSES if is_descent(name) else 1.0),
+        )
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -82,11 +98,46 @@ def prepare(recipe: Recipe) -> Prepared:
         )
 
     samples = {SEARCH_SET: build("needles", recipe.needles, target)}
+    samples |= _skipped_sets(recipe, tokenizer, books["needles"])
     for length in recipe.report.lengths or [target]:
         samples[report_set(length)] = build("report", recipe.report, length)
-    prints = {f"needles {name}": needle_fingerprint(built) for name, built in samples.items()}
-    prints = {"model": model_fingerprint(model), **prints}
+    prints = {"model": model_fingerprint(model), **_needle_fingerprints(samples)}
     return Prepared(recipe, shape, samples, prints)
+
+
+def _needle_fingerprints(samples: Mapping[str, Sequence[NeedleSample]]) -> dict[str, str]:
+    """Return the fingerprint of each needle set; those of the descent share one."""
+    skipped = [name for name in samples if name == SKIPPED_SET or is_descent(name)]
+    prints = {
+        f"needles {name}": needle_fingerprint(built)
+        for name, built in samples.items()
+        if name not in skipped
+    }
+    if skipped:
+        whole = [sample for name in skipped for sample in samples[name]]
+        prints[f"needles {SKIPPED_SET}"] = needle_fingerprint(whole)
+    return prints
+
+
+def _skipped_sets(
+    recipe: Recipe, tokenizer: Any, books: Sequence[Book]
+) -> dict[str, list[NeedleSample]]:
+    """Return the documents of the descent by needle set: one to start from, one for each step."""
+    search = recipe.search
+    if not search.descent_steps:
+        return {}
+    size = search.skipped_needles
+    samples = build_needle_set(
+        tokenizer,
+        books,
+        length=search.target_length,
+        num_samples=size * (1 + search.descent_steps),
+        seed=recipe.needles.seed + SKIPPED_SEED,
+        depth=recipe.needles.depth,
+        num_tokens=num_skipped_tokens(search),
+    )
+    names = [SKIPPED_SET, *map(descent_set, range(search.descent_steps))]
+    return {name: samples[i * size : (i + 1) * size] for i, name in enumerate(names)}
 
 
 def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None:
@@ -112,7 +163,9 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> bool:
         RunDirError: if the directory holds another run.
     """
     recipe, geometry = prepared.recipe, prepared.shape.geometry
-    searched = ("model", f"needles {SEARCH_SET}")
+    searched = ["model", f"needles {SEARCH_SET}"]
+    if recipe.search.descent_steps:
+        searched.append(f"needles {SKIPPED_SET}")
     resumed = run_dir.open(
         kind="search",
         identity=identity(recipe, "search"),

@@ -247,6 +247,11 @@ class Race:
         return False
 
 
+def race_of_all(ids: Sequence[str], num_samples: int) -> Race:
+    """Return a race that scores all samples of all ids, whatever their scores."""
+    return Race(dict.fromkeys(ids, 0), ids, {}, num_samples, EVERYTHING)
+
+
 def hardest_first(known: Iterable[Scores], num_samples: int) -> list[int]:
     """Return samples by falling mean NLL of the present survivors; in order where none is known."""
     rows = list(known)

@@ -107,8 +107,9 @@ class Scheduler:
 
     def summary(self, vector_id: str, needle_set: str) -> NeedleSummary:
         """Return the summary of a vector that was scored on a whole needle set."""
-        ids = self._needle_sets[needle_set].sample_ids
-        return NeedleSummary.of([self._ledger[vector_id, sample_id] for sample_id in ids])
+        scored_on = self._needle_sets[needle_set]
+        scores = [self._ledger[vector_id, sample_id] for sample_id in scored_on.sample_ids]
+        return NeedleSummary.of(scores, scored_on)
 
     def rescue(self) -> None:
         """Commit the scores that have come in by now, at an early end.

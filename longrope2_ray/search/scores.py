@@ -15,7 +15,19 @@ from longrope2_ray.storage.rundir import SCORES_FOLDER, RunDir
 from longrope2_ray.workers.done import Done
 
 SEARCH_SET = "search"
+SKIPPED_SET = "skipped"
 MAX_MEAN_NLL = 700.0  # its exponential is still a finite float
+MAX_DEPTHS = 8  # more depths than these are summed up by quarters of the document
+
+
+def descent_set(step: int) -> str:
+    """Return the name of the needle set whose gradient a step of the descent follows."""
+    return f"descent@{step}"
+
+
+def is_descent(needle_set: str) -> bool:
+    """Tell whether a needle set is one of the descent, whose units ask for a gradient."""
+    return needle_set.startswith("descent@")
 
 
 def report_set(length: int) -> str:
@@ -23,19 +35,29 @@ def report_set(length: int) -> str:
     return f"report@{length}"
 
 
+def is_report(needle_set: str) -> bool:
+    """Tell whether a needle set is held out for the tables."""
+    return needle_set.startswith("report@")
+
+
 @dataclass(frozen=True)
 class NeedleSet:
     """A set of needle samples as the search sees it: without the tokens, which scorers hold.
 
     Attributes:
-        name: ``search``, or ``report@<length>`` for held-out samples.
+        name: ``search``; ``skipped`` and ``descent@<step>`` for documents with skipped positions;
+            ``report@<length>`` for held-out samples.
         sample_ids: id of each sample's content (``NeedleSample.id``).
         num_tokens: number of answer tokens of each sample.
+        depths: where each sample's needle stands, 0 the document's start, 1 its end.
+        equivalents: cost of one of its units in passes of the target length, by FLOPs.
     """
 
     name: str
     sample_ids: tuple[str, ...]
     num_tokens: tuple[int, ...]
+    depths: tuple[float, ...]
+    equivalents: float = 1.0
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -169,44 +191,105 @@ def perplexity(nll_sum: float, num_tokens: int) -> float | None:
     return math.exp(mean) if math.isfinite(mean) and mean < MAX_MEAN_NLL else None
 
 
+def depth_groups(depths: Sequence[float]) -> dict[str, list[int]]:
+    """Return label -> samples of each group of depths, from the start of the document to its end.
+
+    A group is one depth, to three digits, or a quarter of the document where there are more than
+    ``MAX_DEPTHS`` of them; the very start stays a group of its own.
+
+    Args:
+        depths: depth of each sample.
+    """
+    labels = {depth: f"{depth:.3g}" for depth in sorted(depths)}
+    if len(set(labels.values())) > MAX_DEPTHS:
+        labels = {depth: _quarter(depth) for depth in labels}
+    groups: dict[str, list[int]] = {label: [] for label in labels.values()}
+    for sample, depth in enumerate(depths):
+        groups[labels[depth]].append(sample)
+    return groups
+
+
+def _quarter(depth: float) -> str:
+    """Return the label of the quarter that a depth lies in."""
+    end = math.ceil(4 * depth) / 4
+    return f"({end - 0.25:g}, {end:g}]" if depth else "0"
+
+
 @dataclass(frozen=True)
 class NeedleSummary:
-    """The scores of one vector on one needle set.
+    """The scores of one vector on one needle set, sample by sample.
 
     Attributes:
-        ppl: needle perplexity over all answer tokens; None if it is not finite.
-        accuracy: share of answers whose every digit greedy decoding gets right.
-        nll_per_sample: summed NLL of each answer, in nats.
-        num_tokens: answer tokens of all samples.
+        nll_per_sample: summed NLL of each answer, in nats; None if it was not finite.
+        tokens_per_sample: number of tokens of each answer.
+        correct_per_sample: whether greedy decoding gives exactly the answer.
+        depth_per_sample: where each needle stands, 0 the document's start, 1 its end.
     """
 
-    ppl: float | None
-    accuracy: float
     nll_per_sample: tuple[float | None, ...]
-    num_tokens: int
+    tokens_per_sample: tuple[int, ...]
+    correct_per_sample: tuple[bool, ...]
+    depth_per_sample: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.nll_per_sample)
+
+    @property
+    def ppl(self) -> float | None:
+        """The needle perplexity over all answer tokens; None if it is not finite."""
+        nlls = (math.inf if nll is None else nll for nll in self.nll_per_sample)
+        return perplexity(math.fsum(nlls), sum(self.tokens_per_sample))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of answers whose every digit greedy decoding gets right."""
+        return sum(self.correct_per_sample) / len(self)
 
     @classmethod
-    def of(cls, scores: Sequence[Score]) -> "NeedleSummary":
-        """Return the summary of a needle set's scores, one for each sample."""
-        num_tokens = sum(score.num_tokens for score in scores)
+    def of(cls, scores: Sequence[Score], needle_set: NeedleSet) -> "NeedleSummary":
+        """Return the summary of the scores on a needle set, one for each of its samples."""
         return cls(
-            ppl=perplexity(math.fsum(score.nll for score in scores), num_tokens),
-            accuracy=sum(score.correct for score in scores) / len(scores),
             nll_per_sample=tuple(score.nll_sum for score in scores),
-            num_tokens=num_tokens,
+            tokens_per_sample=tuple(score.num_tokens for score in scores),
+            correct_per_sample=tuple(score.correct for score in scores),
+            depth_per_sample=needle_set.depths,
         )
+
+    def of_samples(self, samples: Sequence[int]) -> "NeedleSummary":
+        """Return the summary of some of the samples."""
+        return NeedleSummary(
+            nll_per_sample=tuple(self.nll_per_sample[i] for i in samples),
+            tokens_per_sample=tuple(self.tokens_per_sample[i] for i in samples),
+            correct_per_sample=tuple(self.correct_per_sample[i] for i in samples),
+            depth_per_sample=tuple(self.depth_per_sample[i] for i in samples),
+        )
+
+    def by_depth(self) -> dict[str, "NeedleSummary"]:
+        """Return label -> summary of each group of depths (``depth_groups``)."""
+        groups = depth_groups(self.depth_per_sample)
+        return {label: self.of_samples(samples) for label, samples in groups.items()}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "NeedleSummary":
-        """Read a summary that ``to_json`` wrote; other keys of the object are ignored."""
-        nlls = tuple(body["nll_per_sample"])
-        return cls(body["ppl"], body["accuracy"], nlls, body["num_tokens"])
+        """Read a summary that ``to_json`` wrote; other keys of the object are ignored.
+
+        Raises:
+            KeyError: if a field is missing.
+        """
+        return cls(
+            nll_per_sample=tuple(body["nll_per_sample"]),
+            tokens_per_sample=tuple(body["tokens_per_sample"]),
+            correct_per_sample=tuple(body["correct_per_sample"]),
+            depth_per_sample=tuple(body["depth_per_sample"]),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as a JSON object."""
+        """Return the summary as a JSON object, with the perplexity and accuracy of all samples."""
         return {
             "ppl": self.ppl,
             "accuracy": self.accuracy,
             "nll_per_sample": list(self.nll_per_sample),
-            "num_tokens": self.num_tokens,
+            "tokens_per_sample": list(self.tokens_per_sample),
+            "correct_per_sample": list(self.correct_per_sample),
+            "depth_per_sample": list(self.depth_per_sample),
         }

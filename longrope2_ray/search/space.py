@@ -30,6 +30,7 @@ class Candidate:
         parent_id: id of the candidate that it is an offspring of; None if it was drawn.
         start_tokens: number of positions at the start that keep the original RoPE (LongRoPE's
             ``n_hat``).
+        head: the factors below the critical dimension, where they are not NTK's; empty otherwise.
     """
 
     critical_dim: int
@@ -37,24 +38,45 @@ class Candidate:
     attention_factor: float = 1.0
     parent_id: str | None = None
     start_tokens: int = 0
+    head: tuple[float, ...] = ()
 
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the content's SHA-256; the parent is no part of the content."""
-        start = [self.start_tokens] if self.start_tokens else []
-        content = json.dumps([self.critical_dim, self.tail, self.attention_factor, *start])
+        more: list[Any] = [self.start_tokens] if self.start_tokens else []
+        if self.head:
+            more.append(self.head)
+        content = json.dumps([self.critical_dim, self.tail, self.attention_factor, *more])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @cached_property
     def factors(self) -> RescaleFactors:
-        """The whole factor vector, its head derived from the tail (Alg. 2, lines 6-8)."""
+        """The whole factor vector, its head derived from the tail (Alg. 2, lines 6-8).
+
+        [ours] A candidate that did not come from a tail has a head of its own.
+        """
+        whole = np.array(self.head + self.tail) if self.head else None
         return RescaleFactors(
-            assemble(self.critical_dim, self.tail),
+            assemble(self.critical_dim, self.tail) if whole is None else whole,
             attention_factor=self.attention_factor,
             critical_dim=self.critical_dim,
             source=f"candidate {self.id}",
             start_tokens=self.start_tokens,
         )
+
+    @classmethod
+    def of_vector(
+        cls, values: np.ndarray, ratio: float, attention_factor: float, parent_id: str | None = None
+    ) -> "Candidate":
+        """[ours] Return a whole vector as a candidate.
+
+        Its critical dimension is the first one whose factor reaches the extension ratio (Eq. 10);
+        0 if none does, or the first one.
+        """
+        reached = np.flatnonzero(values >= ratio * (1 - 1e-9))
+        dim = int(reached[0]) if len(reached) else 0
+        factors = tuple(map(float, values))
+        return cls(dim, factors[dim:], attention_factor, parent_id, head=factors[:dim])
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Candidate":
@@ -65,6 +87,7 @@ class Candidate:
             attention_factor=body["attention_factor"],
             parent_id=body["parent_id"],
             start_tokens=body["start_tokens"],
+            head=tuple(body["head"]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +95,7 @@ class Candidate:
         return {
             "id": self.id,
             "critical_dim": self.critical_dim,
+            "head": list(self.head),
             "tail": list(self.tail),
             "attention_factor": self.attention_factor,
             "start_tokens": self.start_tokens,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from longrope2_ray.search.scores import Score
+from longrope2_ray.search.scores import NeedleSet, Score, is_report
+from longrope2_ray.search.winner import GenerationRecord
 from longrope2_ray.storage.rundir import RunDir
 
 STATUS_FILE = "status.json"
@@ -23,8 +24,8 @@ class Status:
     """The status of a search: how far it has come, and what went wrong on the way.
 
     Attributes:
-        state: ``starting``, ``searching``, ``reporting``, ``finished``, ``interrupted``,
-            ``stopped``.
+        state: ``starting``, ``descending``, ``searching``, ``reporting``, ``finished``,
+            ``interrupted``, ``stopped``.
         generation: index of the last closed generation.
         best_ppl: needle perplexity of the best survivor; ``median_ppl`` and ``worst_ppl`` likewise.
         units_done: units scored, in this and former attempts.
@@ -36,6 +37,8 @@ class Status:
         critical_dims: number of survivors by critical dimension.
         units_ahead: units scored for candidates that no generation has asked for yet.
         committed_at: Unix time of the last commit to the ledger.
+        descent_step: steps of the descent that were taken.
+        equivalents: what the search's own units cost, in passes of the target length by FLOPs.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Status:
     critical_dims: dict[str, int] = field(default_factory=dict)
     units_ahead: int = 0
     committed_at: float | None = None
+    descent_step: int = 0
+    equivalents: float = 0.0
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Status":
@@ -84,6 +89,7 @@ class StatusBoard:
         status: the status to begin with.
         run_dir: the run directory that ``status.json`` is written to.
         observers: called after commits, every few seconds, and after every generation.
+        needle_sets: the needle sets by name, whose units cost something.
     """
 
     def __init__(
@@ -91,7 +97,13 @@ class StatusBoard:
         status: Status,
         run_dir: RunDir,
         observers: Sequence[Observer],
+        needle_sets: Mapping[str, NeedleSet],
     ):
+        self._costs = {
+            name: needle_set.equivalents
+            for name, needle_set in needle_sets.items()
+            if not is_report(name)
+        }
         self.status = status
         self._run_dir = run_dir
         self._observers = observers
@@ -115,6 +127,7 @@ class StatusBoard:
     def found(self, scores: Iterable[Score]) -> None:
         """Count those scores as ahead whose vectors nothing has asked for yet."""
         for score in scores:
+            self.status.equivalents += self._costs.get(score.needle_set, 0.0)
             vector = score.vector_id, score.needle_set
             if vector not in self._asked:
                 self._not_asked[vector] += 1
@@ -124,6 +137,27 @@ class StatusBoard:
         for vector in vectors:
             self._asked.add(vector)
             self._not_asked.pop(vector, None)
+
+    def stepped(self, step: int, critical_dim: int, ppl: float | None) -> None:
+        """Note and show a step of the descent: where the vector stands, and on its documents."""
+        self.status.descent_step = step
+        self.status.best_critical_dim = critical_dim
+        self.status.best_ppl = ppl
+        self.show("generation")
+
+    def closed(self, record: GenerationRecord, num_units_saved: int) -> None:
+        """Note and show a generation that was closed."""
+        status = self.status
+        ppls = [survivor.ppl for survivor in record.survivors if survivor.ppl is not None]
+        dims = [survivor.candidate.critical_dim for survivor in record.survivors]
+        status.generation = record.index
+        status.best_critical_dim = dims[0]
+        status.best_ppl = ppls[0] if ppls else None
+        status.median_ppl = statistics.median(ppls) if ppls else None
+        status.worst_ppl = ppls[-1] if ppls else None
+        status.critical_dims = {str(dim): dims.count(dim) for dim in sorted(set(dims))}
+        status.units_eliminated += num_units_saved
+        self.show("generation")
 
     def refresh(
         self,

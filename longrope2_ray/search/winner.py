@@ -76,7 +76,7 @@ class ComparisonRow:
         attention_factor: attention factor that the method was scored with.
         compared_at: attention factor of the table that the row stands in.
         critical_dim: critical dimension, where the method has one.
-        needles: perplexity, accuracy and NLL by sample.
+        needles: NLL, correctness and depth of each sample, and what follows from them.
     """
 
     length: int

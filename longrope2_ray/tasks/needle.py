@@ -182,11 +182,11 @@ def build_sample(
     if num_tokens is None or num_tokens >= length:
         return sample
     after = len(head) + cut + len(needle)
-    return _skipped(sample, [(len(head), cut), (after, room - cut)], num_tokens, section)
+    return _skipped(sample, [(len(head), cut), (after, room - cut)], num_tokens)
 
 
 def _skipped(
-    sample: NeedleSample, stretches: Sequence[tuple[int, int]], num_tokens: int, section: str
+    sample: NeedleSample, stretches: Sequence[tuple[int, int]], num_tokens: int
 ) -> NeedleSample:
     """Return a sample without the middles of its document's stretches, in proportion to them.
 
@@ -201,7 +201,7 @@ def _skipped(
     dropped = length - num_tokens
     if dropped > room:
         raise ValueError(
-            f"{section}.skipped_tokens: expected at least {length - room} tokens (instruction, "
+            f"search.skipped_tokens: expected at least {length - room} tokens (instruction, "
             f"needle, question and answer of this tokenizer), got {num_tokens}"
         )
     (_, size), before = stretches[0], 0
@@ -234,7 +234,7 @@ def build_needle_set(
     length: int,
     num_samples: int,
     seed: int,
-    depth: str | float = "start",
+    depth: str | float | Sequence[float] = "start",
     section: str = "needles",
     num_tokens: int | None = None,
 ) -> list[NeedleSample]:
@@ -243,7 +243,7 @@ def build_needle_set(
     Args:
         length: tokens of each sample.
         depth: ``start`` (the paper), ``stratified`` (evenly over 0 ... 1, as the authors' code
-            does), or a fixed number in 0 ... 1.
+            does), a fixed number in 0 ... 1, or several, which the samples take in turns.
         section: the recipe section that a message names.
         num_tokens: tokens kept of each sample, as for ``build_sample``.
 
@@ -307,10 +307,12 @@ def _cycle_long_books(
         yield from long_books
 
 
-def _depth_of_sample(depth: str | float, index: int, num_samples: int) -> float:
+def _depth_of_sample(depth: str | float | Sequence[float], index: int, num_samples: int) -> float:
     """Return the depth of the needle in one of ``num_samples`` samples."""
     if depth == "start":
         return 0.0
     if depth == "stratified":
         return index / max(num_samples - 1, 1)
-    return float(depth)
+    if isinstance(depth, str | float | int):
+        return float(depth)
+    return float(depth[index % len(depth)])

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -52,15 +53,23 @@ def actor_factory(setup: Setup, resources: Mapping[str, float]) -> Callable[[str
     """Return a function that starts a worker with a given name.
 
     ``setup`` goes to Ray's object store, so that it is sent to a node once. Ray's own restarts and
-    retries are off: they run a killed call twice.
+    retries are off: they run a killed call twice. In a process that has a placement group, such as
+    a study's trial, workers are placed outside of it. Their names are free in a namespace of their
+    own, since trials that run at once belong to one job.
     """
     actor_class: Any = ray.remote(Worker)
     shared = ray.put(setup)
-    size = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
+    options = {
+        "namespace": f"longrope2-{uuid.uuid4().hex[:8]}",
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "scheduling_strategy": "DEFAULT",
+    }
 
     def make(name: str) -> ActorHandle:
-        options = {"name": name, "max_restarts": 0, "max_task_retries": 0}
-        return actor_class.options(**options, **size).remote(shared)
+        return actor_class.options(name=name, **options).remote(shared)
 
     return make
 

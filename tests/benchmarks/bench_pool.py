@@ -58,7 +58,7 @@ class SleepingSetup:
 
 def needle_set(name: str, num_samples: int) -> NeedleSet:
     ids = tuple(f"{name}/{sample}" for sample in range(num_samples))
-    return NeedleSet(name, ids, (NUM_TOKENS,) * num_samples)
+    return NeedleSet(name, ids, (NUM_TOKENS,) * num_samples, (0.0,) * num_samples)
 
 
 def recipe(candidates: int) -> Recipe:
@@ -71,7 +71,7 @@ def recipe(candidates: int) -> Recipe:
             "iterations": 0,
             "racing": "off",
         },
-        report={"methods": ["longrope2"], "num_samples": 1},
+        report={"methods": ["longrope2"], "num_samples": 1, "depth": "start"},
     )
 
 

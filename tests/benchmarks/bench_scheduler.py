@@ -58,7 +58,10 @@ NUM_SAMPLES = 10
 NUM_TOKENS = 8
 NEEDLE_SETS = {
     name: NeedleSet(
-        name, tuple(f"{name}/{i}" for i in range(NUM_SAMPLES)), (NUM_TOKENS,) * NUM_SAMPLES
+        name,
+        tuple(f"{name}/{i}" for i in range(NUM_SAMPLES)),
+        (NUM_TOKENS,) * NUM_SAMPLES,
+        (0.0,) * NUM_SAMPLES,
     )
     for name in (SEARCH_SET, report_set(TARGET_LENGTH))
 }

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, and one clear line for every mistake."""
 
 import json
+import math
 import shlex
 import socket
 from contextlib import nullcontext
@@ -117,7 +118,9 @@ def test_plan_needs_no_model(capsys, name):
     assert cost["units"] == 13440
 
 
-COMMANDS = ("recipe", "plan", "search", "monitor", "report", "factors", "score", "data", "train")
+COMMANDS = (
+    "recipe", "plan", "search", "monitor", "report", "factors", "score", "data", "train", "study",
+)  # fmt: skip
 
 
 def help_of(capsys, *words: str) -> str:
@@ -356,13 +359,18 @@ def test_score_reads_a_published_vector_and_says_that_it_is_not_monotone(capsys,
     (tmp_path / "config.json").write_text(
         json.dumps({"rope_scaling": {"long_factor": vector[:32]}})
     )
-    options = ["--factors", str(tmp_path / "config.json"), "--report.num-samples", "2", "--json"]
+    options = ["--factors", str(tmp_path / "config.json"), "--report.num-samples", "4", "--json"]
     assert main(["score", "debug", *options, *ONE_SCORER]) == 0
     said = capsys.readouterr()
     body = json.loads(said.out)
     assert not body["monotone"]
     assert "not monotone" in said.err
-    assert len(body["nll_per_sample"]) == 2
+    assert len(body["nll_per_sample"]) == 4
+    assert list(body["by_depth"]) == ["0", "0.25", "0.5", "0.75"]
+    for sample, scores in enumerate(body["by_depth"].values()):
+        ppl = math.exp(body["nll_per_sample"][sample] / body["tokens_per_sample"][sample])
+        right = float(body["correct_per_sample"][sample])
+        assert scores == {"ppl": pytest.approx(ppl), "accuracy": right, "num_needles": 1}
     assert body["ppl"] > 1
 
 
@@ -372,7 +380,7 @@ def fake_scores(monkeypatch) -> dict:
 
     def not_finite(prepared, vectors, progress):
         seen.update(vectors)
-        return dict.fromkeys(vectors, NeedleSummary(None, 0.0, (None,), 8))
+        return dict.fromkeys(vectors, NeedleSummary((None,), (8,), (False,), (0.0,)))
 
     monkeypatch.setattr("longrope2_ray.workers.connection.ray_session", nullcontext)
     monkeypatch.setattr(search_job, "score_vectors", not_finite)
@@ -385,15 +393,15 @@ def test_a_method_is_scored_as_in_the_tables_and_a_score_may_be_not_finite(capsy
         "--report.lengths",
         "[256, 2048]",
         "--report.num-samples",
-        "1",
+        "4",
         "--attention-factor",
         "1.2",
     ]
     assert main(["score", "debug", "--factors", "pi", *options]) == 0
-    assert (
-        "pi on report@2048, attention factor 1.2: needle perplexity not finite"
-        in capsys.readouterr().out
+    assert "pi on report@2048, attention factor 1.2: needle perplexity not finite" in (
+        out := capsys.readouterr().out
     )
+    assert "  depth 0: needle perplexity not finite, accuracy 0%, needles 1\n" in out
     first = {name: vector.values[0] for name, vector in seen.items()}
     # The length is at least the target's ratio, which is what would be served.
     assert first == {

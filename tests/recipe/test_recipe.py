@@ -58,7 +58,15 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         1.0,
         "exact",
     )
-    assert (recipe.needles.num_samples, recipe.needles.depth) == (10, "start")
+    assert (recipe.needles.num_samples, recipe.report.num_samples) == (10, 10)
+    # Not the paper's, which looks at the start alone.
+    assert recipe.needles.depth == recipe.report.depth == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_shipped_recipes_search_at_the_start_and_report_at_several_depths() -> None:
+    for path in RECIPES:
+        recipe = load_recipe(path)
+        assert (recipe.needles.depth, recipe.report.depth) == ("start", [0.0, 0.25, 0.5, 0.75])
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,17 @@ def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
         ("preset = 'best'", "search.preset", "'best'"),
         ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),
         ("[needles]\ndepth = 'middle'", "needles.depth", "'middle'"),
+        ("[needles]\ndepth = []", "needles.depth", "a list of such numbers, got []"),
+        ("[needles]\ndepth = [0, 1.5]", "needles.depth", "number in 0 ... 1 or a list of such"),
+        ("[report]\ndepth = [-0.1, 1]", "report.depth", "got [-0.1, 1]"),
+        ("[report]\ndepth = [0, 'end']", "report.depth", "got [0, 'end']"),
+        ("[needles]\nnum_samples = 3", "needles.num_samples", "one for each depth, got 3"),
+        ("[report]\nnum_samples = 3", "report.num_samples", "expected at least 4 needles"),
+        (
+            "[report]\nnum_samples = 2\ndepth = [0, 0.5, 1]",
+            "report.num_samples",
+            "expected at least 3 needles, one for each depth, got 2; raise it, or name fewer",
+        ),
         ("[needles]\nnum_samples = 0", "needles.num_samples", "0"),
         ("[report]\ntext = ['bundled:search']", "report.text", "held out"),
         ("[report]\nlengths = [0]", "report.lengths", "0"),
@@ -197,6 +216,9 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
         (["--search.attention-factor", "1.2"], "search.attention_factor", 1.2),
         (["--needles.depth", "0.5"], "needles.depth", 0.5),
         (["--needles.depth", "stratified"], "needles.depth", "stratified"),
+        (["--needles.depth", "[0.5]"], "needles.depth", 0.5),
+        (["--report.depth", "[0, 0.5]"], "report.depth", [0.0, 0.5]),
+        (["--report.depth", "0,1"], "report.depth", [0.0, 1.0]),
         (["--needles.text", "a.txt"], "needles.text", ["a.txt"]),
         (["--report.lengths", "[2048,4096]"], "report.lengths", [2048, 4096]),
         (["--name", "other"], "name", "other"),
@@ -309,9 +331,9 @@ def test_what_makes_another_search_and_what_does_not(tmp_path: Path) -> None:
     for override in ("--search.seed=1", "--model.dtype=float32", "--needles.depth=0.5", "--name=s",
                      "--scorer.threads=2", "--model.sliding-window=9"):  # fmt: skip
         assert identity(load_recipe(write(tmp_path, BASE), [override]), "search") != base
-    for override in ("--report.lengths=[512]", "--report.num-samples=3", "--scorer.num-scorers=7",
+    for override in ("--report.lengths=[512]", "--report.num-samples=4", "--scorer.num-scorers=7",
                      "--storage.patience-seconds=1", "--train.max-steps=5", "--model.device=cpu",
-                     "--report.seed=9"):  # fmt: skip
+                     "--report.seed=9", "--report.depth=[0, 0.5]"):  # fmt: skip
         assert identity(load_recipe(write(tmp_path, BASE), [override]), "search") == base
 
 

@@ -208,7 +208,7 @@ def server(no_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.fixture(scope="module")
 def searched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A finished search whose driver, this process, is still alive: its name, the tag ``run``."""
-    small = ["--search.iterations", "1", "--needles.num-samples", "2", "--report.num-samples", "2"]
+    small = ["--search.iterations", "1", "--needles.num-samples", "2", "--report.num-samples", "4"]
     prepared = search_job.prepare(load_recipe("debug", [*small, "--scorer.num-scorers", "2"]))
     run_dir = RunDir(str(tmp_path_factory.mktemp("search")))
     search_job.open_run(prepared, run_dir)

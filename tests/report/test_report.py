@@ -14,9 +14,11 @@ from toy_training import begin_training, write_step
 
 from longrope2_ray.recipe.identity import identity
 from longrope2_ray.recipe.recipe import Recipe
+from longrope2_ray.report.depth_figure import draw_depths
 from longrope2_ray.report.page import ReportWriter, write_report
 from longrope2_ray.report.rundata import load_run
 from longrope2_ray.report.tables import format_table
+from longrope2_ray.report.verdict_sentences import format_interval, verdict_lines
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.loop import SearchLoop
 from longrope2_ray.search.scores import (
@@ -30,13 +32,15 @@ from longrope2_ray.search.scores import (
 )
 from longrope2_ray.search.space import Candidate
 from longrope2_ray.search.status import Status
+from longrope2_ray.search.verdict import contrasts, own_best
 from longrope2_ray.search.winner import GenerationRecord, Survivor, Winner, write_generation
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.workers.done import Done
 
 GEOMETRY = RopeGeometry(head_dim=64, rotary_dim=64, base=10000.0, original_length=256)
-NAMES = {"factors.png", "progress.png", "dimensions.png", "units.png", "report.html"}
+NAMES = {"factors.png", "depth.png", "progress.png", "dimensions.png", "units.png", "report.html"}
 TARGET, NUM_SAMPLES, NUM_TOKENS = 2048, 5, 7
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.0)
 FINGERPRINTS = {"model": "0123abcd"}
 RECIPE = {
     "name": "toy",
@@ -119,7 +123,7 @@ def open_run(path: object) -> RunDir:
 
 def needle_set(name: str) -> NeedleSet:
     ids = tuple(f"{name}/{sample}" for sample in range(NUM_SAMPLES))
-    return NeedleSet(name, ids, (NUM_TOKENS,) * NUM_SAMPLES)
+    return NeedleSet(name, ids, (NUM_TOKENS,) * NUM_SAMPLES, DEPTHS)
 
 
 def search(run_dir: RunDir, scorers: ToyScorers, observers=()) -> Winner:
@@ -206,7 +210,12 @@ def test_format_table_marks_the_best_of_each_block(finished):
     assert f"found {winner.candidate.critical_dim}; theoretical {theory}" in table
     assert "held out" in table.lower()
     assert "beyond the target the baselines get the larger ratio" in table
-    blocks = table.split("\n\n")[1:]
+    *blocks, verdicts = table.split("\n\n")[1:]
+    assert verdicts.startswith("Verdict, each method at its own best attention factor")
+    assert [line.split(":")[0] for line in verdicts.splitlines()[1:]] == [
+        "2048 tokens",
+        "4096 tokens",
+    ]
     assert len(blocks) == 4  # two lengths at two attention factors
     for block in blocks:
         best = [line for line in block.splitlines() if line.startswith("*")]
@@ -220,10 +229,66 @@ def test_format_table_marks_the_best_of_each_block(finished):
         assert f"{min(row.needles.ppl for row in rows):.4g}" in best[0]
 
 
+def test_tables_and_page_show_the_groups_of_depths_and_the_verdict(finished):
+    run_dir, winner = finished
+    page = html.unescape(check_files(run_dir, write_report(run_dir)))
+    table = format_table(winner)
+    for depth in ("0", "0.25", "0.5", "0.75"):
+        assert f"<th>depth {depth}</th>" in page
+        assert f"depth {depth}" in table
+    for row in winner.report:
+        for needles in row.needles.by_depth().values():
+            cell = f"{needles.ppl:.4g} / {needles.accuracy:.0%}"
+            assert f"<td>{cell}</td>" in page
+            assert cell in table
+    lines = verdict_lines(winner)
+    assert len(lines) == 2
+    for line in lines:
+        assert f"<strong>{line}</strong>" in page
+        assert line in table
+    comparison = page[page.index("<h2>Comparison</h2>") :]
+    assert comparison.index(lines[0]) < comparison.index("<table>")
+    for contrast in contrasts(winner):
+        ratio, bounds = format_interval(contrast.contrast.overall).split(", ")
+        assert f"<td>{ratio}</td><td>{bounds}</td>" in page
+
+
+def test_needles_at_one_depth_have_no_columns_by_depth(finished):
+    _, winner = finished
+    rows = tuple(
+        dataclasses.replace(
+            row, needles=dataclasses.replace(row.needles, depth_per_sample=(0.5,) * NUM_SAMPLES)
+        )
+        for row in winner.report
+    )
+    table = format_table(dataclasses.replace(winner, report=rows))
+    assert "All needles stand at depth 0.5." in table
+    assert "  depth 0.5" not in table
+
+
+def test_the_figure_of_depths_has_a_line_for_each_method_at_its_best(finished):
+    run_dir, winner = finished
+    run = load_run(run_dir)
+    (ax,) = draw_depths(run).axes
+    rows = [row for row in winner.report if row.length == TARGET]
+    lines = {line.get_label(): line for line in ax.lines}
+    assert len(lines) == len({row.method for row in rows})
+    best = own_best([row for row in rows if row.method == "yarn"])
+    line = lines[f"YaRN, {best.attention_factor:.3f}"]
+    assert list(line.get_xdata()) == [0.0, 0.25, 0.5, 0.75]
+    assert list(line.get_ydata()) == [needles.ppl for needles in best.needles.by_depth().values()]
+    reported_elsewhere = tuple(row for row in winner.report if row.length != TARGET)
+    elsewhere = dataclasses.replace(winner, report=reported_elsewhere)
+    (ax,) = draw_depths(dataclasses.replace(run, winner=elsewhere)).axes
+    assert f"{2 * TARGET} tokens" in ax.get_xlabel()
+
+
 def test_format_table_without_finite_numbers(finished):
     _, winner = finished
     rows = tuple(
-        dataclasses.replace(row, needles=dataclasses.replace(row.needles, ppl=None))
+        dataclasses.replace(
+            row, needles=dataclasses.replace(row.needles, nll_per_sample=(None,) * NUM_SAMPLES)
+        )
         for row in winner.report
     )
     infinite = dataclasses.replace(winner, report=rows)

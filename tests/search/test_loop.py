@@ -31,6 +31,7 @@ from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.factors import factors_from_json
 from longrope2_ray.search.scores import (
     SEARCH_SET,
+    NeedleSet,
     NeedleSummary,
     Score,
     Unit,
@@ -330,14 +331,17 @@ def test_perplexity_is_the_exponential_of_the_mean_or_none() -> None:
 
 def test_a_summary_counts_what_was_answered_right() -> None:
     scores = [Score("v", str(s), "search", s, float(s), 7, s < 1) for s in range(4)]
-    body = NeedleSummary.of(scores).to_json()
+    summary = NeedleSummary.of(scores, NEEDLE_SETS[SEARCH_SET])
+    body = summary.to_json()
     assert body == {
         "ppl": math.exp(6 / 28),
         "accuracy": 0.25,
         "nll_per_sample": [0.0, 1.0, 2.0, 3.0],
-        "num_tokens": 28,
+        "tokens_per_sample": [7, 7, 7, 7],
+        "correct_per_sample": [True, False, False, False],
+        "depth_per_sample": [0.0, 0.25, 0.5, 0.75],
     }
-    assert json.loads(json.dumps(body)) == body
+    assert NeedleSummary.from_json(json.loads(json.dumps(body))) == summary
 
 
 def test_a_summary_with_a_penalty_has_no_perplexity() -> None:
@@ -345,7 +349,11 @@ def test_a_summary_with_a_penalty_has_no_perplexity() -> None:
         Score("v", "a", "search", 0, None, 7, False),
         Score("v", "b", "search", 1, 1.0, 7, True),
     ]
-    assert NeedleSummary.of(scores).ppl is None
+    needle_set = NeedleSet("search", ("a", "b"), (7, 7), (0.0, 0.5))
+    summary = NeedleSummary.of(scores, needle_set)
+    assert summary.ppl is None
+    assert summary.by_depth()["0"].ppl is None
+    assert summary.by_depth()["0.5"].ppl == math.exp(1 / 7)
 
 
 class InterruptedScorers(ToyScorers):

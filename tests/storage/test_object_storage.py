@@ -65,6 +65,8 @@ SMALL = [
     "2",
     "--report.num-samples",
     "1",
+    "--report.depth",
+    "start",
     "--scorer.num-scorers",
     "1",
 ]

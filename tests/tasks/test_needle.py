@@ -204,10 +204,12 @@ def test_a_book_that_spells_a_special_token_adds_none() -> None:
         ("stratified", 1, [0.0]),
         (0.3, 2, [0.3, 0.3]),
         (1.0, 1, [1.0]),
+        ([0.75], 2, [0.75, 0.75]),
+        ([0.0, 0.5, 1.0], 5, [0.0, 0.5, 1.0, 0.0, 0.5]),
     ],
 )
 def test_the_needle_stands_where_depth_says(
-    depth: str | float, num_samples: int, depths: list[float]
+    depth: str | float | list[float], num_samples: int, depths: list[float]
 ) -> None:
     samples = needle_set(depth=depth, num_samples=num_samples)
     assert [sample.depth for sample in samples] == depths
@@ -371,7 +373,7 @@ def test_a_skipped_sample_is_the_whole_one_without_the_middles_of_its_document(
 
 def test_a_skipped_sample_too_short_for_the_template_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"needles\.skipped_tokens: expected at least \d+ .* got 20"
+        ValueError, match=r"search\.skipped_tokens: expected at least \d+ .* got 20"
     ):
         needle_set(num_tokens=20)
 

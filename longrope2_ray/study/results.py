@@ -1,0 +1,100 @@
+"""The results of a study, read from the run directories of its trials."""
+
+from collections.abc import Mapping, Sequence
+
+from longrope2_ray.report.rundata import load_run
+from longrope2_ray.search.winner import Winner
+from longrope2_ray.storage.rundir import RunDir
+from longrope2_ray.study.preparation import PreparedTrial
+from longrope2_ray.study.spec import STUDY_JSON, STUDY_MARKDOWN, Study
+from longrope2_ray.study.table import (
+    Baseline,
+    Failure,
+    Outcome,
+    Table,
+    build_table,
+    format_markdown,
+)
+from longrope2_ray.training.records import read_result, training_dir
+
+NOT_RUN = "not finished; run the same command again"
+
+
+def read_outcome(job: PreparedTrial) -> Outcome | None:
+    """Read the outcome of a trial; None if it is not finished."""
+    if not job.is_finished():
+        return None
+    trial, run_dir = job.trial, RunDir(job.url)
+    run = load_run(run_dir)
+    winner = run.winner
+    if winner is None:
+        return None
+    result = read_result(training_dir(trial.recipe, run_dir)) if trial.train else None
+    return outcome_of(
+        winner,
+        variant=trial.variant,
+        seed=trial.seed,
+        units=sum(generation.units_scored for generation in run.generations),
+        loss=result.loss if result else None,
+    )
+
+
+def outcome_of(
+    winner: Winner, *, variant: str, seed: int, units: int, loss: float | None
+) -> Outcome:
+    """Return the outcome of a trial, given the winner of its search."""
+    head = winner.report[0]
+    block = [
+        row
+        for row in winner.report
+        if (row.length, row.compared_at) == (head.length, head.compared_at)
+    ]
+    own = next((row.needles for row in block if row.method == "longrope2"), None)
+    return Outcome(
+        variant=variant,
+        seed=seed,
+        search_ppl=winner.search.ppl,
+        held_out_ppl=own.ppl if own else None,
+        accuracy=own.accuracy if own else None,
+        units=units,
+        critical_dim=winner.candidate.critical_dim,
+        loss=loss,
+        length=head.length,
+        attention_factor=head.compared_at,
+        baselines=tuple(
+            Baseline(row.method, row.needles.ppl, row.needles.accuracy)
+            for row in block
+            if row.method != "longrope2"
+        ),
+    )
+
+
+def read_table(
+    study: Study, jobs: Sequence[PreparedTrial], failures: Mapping[str, Failure]
+) -> Table:
+    """Read the table of a study.
+
+    Args:
+        failures: folder of a trial -> its failure, for the trials that failed just now.
+    """
+    outcomes, missing = [], []
+    for job in jobs:
+        trial, outcome = job.trial, read_outcome(job)
+        if outcome is not None:
+            outcomes.append(outcome)
+            continue
+        unknown = Failure(trial.variant, trial.seed, NOT_RUN)
+        missing.append(failures.get(trial.folder, unknown))
+    variants = [variant.name for variant in study.spec.variants]
+    return build_table(study.spec.name, study.spec.recipe, variants, outcomes, missing)
+
+
+def write_table(study_dir: RunDir, table: Table) -> None:
+    """Write ``study.json`` and ``study.md``.
+
+    Raises:
+        FencedError: if a newer driver owns the study's directory.
+    """
+    study_dir.require_ownership()
+    study_dir.write_json(STUDY_JSON, table.to_json())
+    study_dir.write_bytes(STUDY_MARKDOWN, format_markdown(table).encode())
