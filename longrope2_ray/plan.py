@@ -18,13 +18,13 @@ from longrope2_ray.model.costs import (
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.training import BandSection
-from longrope2_ray.rope.baselines import PLAIN, require_methods
+from longrope2_ray.rope.baselines import require_methods
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.comparison import num_report_units
 from longrope2_ray.search.evolution import Evolution
-from longrope2_ray.search.proposing import NUM_STARTS_RACED, proposal_equivalents
+from longrope2_ray.search.proposing import num_raced, proposal_equivalents
 from longrope2_ray.search.space import SearchSpace
-from longrope2_ray.search.starts import NUM_ATTENTION_FACTORS, starts
+from longrope2_ray.search.starts import starts
 from longrope2_ray.training.batches import check_parallel
 
 # Share of the peak FLOPs that a long prefill reaches with flash attention.
@@ -247,8 +247,8 @@ def _first_generation(
     if not search.descent_steps:
         return search.population_size, 0.0
     num_starts = len(starts(geometry, space, search.target_length, 1.0))
-    factors = 1 if space.fixed_attention else NUM_ATTENTION_FACTORS
-    return factors + NUM_STARTS_RACED + len(PLAIN), proposal_equivalents(search, shape, num_starts)
+    raced = num_raced(geometry, space, search.target_length)
+    return raced, proposal_equivalents(search, shape, num_starts)
 
 
 def _search_pflop(recipe: Recipe, shape: ModelShape, units: float) -> float:

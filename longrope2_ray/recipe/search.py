@@ -155,6 +155,8 @@ class SearchSection(Section):
                 f"skipped_tokens: expected at most target_length {self.target_length}, got "
                 f"{self.skipped_tokens}"
             )
+        if self.descent_steps:
+            self._check_descent()
         if self.top_k > self.population_size:
             raise ValueError(
                 f"top_k: expected at most population_size {self.population_size}, got {self.top_k}"
@@ -187,6 +189,21 @@ class SearchSection(Section):
             if not 0 < low <= high:
                 raise ValueError(f"attention_bounds: expected 0 < low <= high, got {low}, {high}")
         return self
+
+    def _check_descent(self) -> None:
+        """Refuse what a descent has no use for, rather than ignore it.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        without = {"iterations": 0, "dimensions": "tail", "starts": [], "start_tokens": [0]}
+        for name, value in without.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}: expected {value!r} with descent_steps {self.descent_steps}, since a "
+                    f"descent has no generations of offspring and starts of its own, got "
+                    f"{getattr(self, name)!r}"
+                )
 
 
 # What a preset sets beside the defaults above. "default" is what jobs/LOG.md measured to be the

@@ -62,7 +62,7 @@ def _unit_facts(run: RunData) -> Iterator[tuple[str, str]]:
     if len(run.rows) > scored:
         where = "in the open generation or ahead"
         if run.winner:
-            where = "ahead that no generation asked for"
+            where = "outside of every generation"
         yield f"units {where}", f"{len(run.rows) - scored} scored"
     if run.rows:
         median = statistics.median(row.seconds for row in run.rows)

@@ -159,7 +159,6 @@ class IdleWork:
         self._needle_sets = needle_sets
         self._comparisons = comparisons
         self._enabled = enabled
-        self._searching = False
         self._guessed_winner = ""
         self._of_tables: deque[Unit] = deque()
         self._lookahead = Lookahead(
@@ -174,7 +173,8 @@ class IdleWork:
         if not self._enabled:
             return
         yield from self._drain_tables()
-        if not self._searching:
+        # Before the first generation and after the last one there is nothing to look ahead to.
+        if not self._evolution.ask():
             return
         for candidate, sample in self._lookahead.units(race):
             yield self._scheduler.unit(candidate.id, candidate.factors, SEARCH_SET, sample)
@@ -185,10 +185,6 @@ class IdleWork:
             self._guessed_winner = best.id
             self.queue_tables(best)
             yield from self._drain_tables()
-
-    def begin_search(self) -> None:
-        """Note that there are generations to look ahead to from now on."""
-        self._searching = True
 
     def add(self, score: Score) -> None:
         """Count a committed score on the search's needles."""
@@ -203,7 +199,6 @@ class IdleWork:
 
     def end_search(self, winner: Candidate) -> None:
         """Note that nothing but the winner's tables is needed any more."""
-        self._searching = False
         self._of_tables.clear()
         self.queue_tables(winner)
 

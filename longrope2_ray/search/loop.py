@@ -15,7 +15,7 @@ from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.comparison import Comparison, comparisons, num_report_units
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.lookahead import IdleWork
-from longrope2_ray.search.proposing import NUM_FINALISTS, Proposer
+from longrope2_ray.search.proposing import Proposer, num_raced
 from longrope2_ray.search.racing import Race, RaceRules, race_of_all
 from longrope2_ray.search.scheduling import Scheduler, Scorers
 from longrope2_ray.search.scores import (
@@ -119,10 +119,9 @@ class SearchLoop:
         if self._recipe.search.descent_steps:
             self.status.state = "descending"
             inputs = self._geometry, self._space, self._recipe.search, self._num_samples
-            proposer = Proposer(*inputs, self._run_skipped, self._stepped)
+            proposer = Proposer(*inputs, self._run_race, self._stepped)
             self._evolution.begin(proposer.propose())
         self.status.state = "searching"
-        self._idle_work.begin_search()
         while not self._evolution.finished:
             candidates = self._evolution.ask()
             race = self._score(candidates)
@@ -138,12 +137,13 @@ class SearchLoop:
 
     # --- the descent
 
-    def _run_skipped(
+    def _run_race(
         self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str
     ) -> dict[str, list[Score | None]]:
-        """Run a race on skipped documents; return the scores of each vector, by sample."""
+        """Run a race to its end; return the scores of each vector, by sample."""
         self._board.asked((id, needle_set) for id in vectors)
         self._scheduler.run(race, vectors, needle_set, self._idle_work.units)
+        self.status.units_eliminated += race.num_units_saved
         self._refresh(race)
         ids = self._needle_sets[needle_set].sample_ids
         return {id: [self._ledger.get((id, sample)) for sample in ids] for id in vectors}
@@ -230,18 +230,22 @@ class SearchLoop:
             self._board.show("units")
 
     def _refresh(self, race: Race) -> None:
-        later = _units_later(self._recipe, self.status, self._evolution.generation.index)
+        inputs = self._recipe, self._geometry, self._space, self.status
+        later = _units_later(*inputs, self._evolution.generation.index)
         tables = 0 if self.status.state == "reporting" else num_report_units(self._recipe)
         counts, faults = self._scorers.counts(), self._scorers.faults()
         self._board.refresh(race.num_units_left, later, tables, counts, faults)
 
 
-def _units_later(recipe: Recipe, status: Status, generation: int) -> int:
+def _units_later(
+    recipe: Recipe, geometry: RopeGeometry, space: SearchSpace, status: Status, generation: int
+) -> int:
     """Return how many units the search needs at most after the open race, the tables' aside."""
     search, num_samples = recipe.search, recipe.needles.num_samples
     if status.state == "descending":
         steps = search.descent_steps - status.descent_step
-        return steps * search.skipped_needles + NUM_FINALISTS * num_samples
+        raced = num_raced(geometry, space, search.target_length)
+        return steps * search.skipped_needles + raced * num_samples
     if status.state == "searching":
         return (search.iterations - generation) * search.num_offspring * num_samples
     return 0

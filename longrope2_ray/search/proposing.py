@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from longrope2_ray.errors import StoppedError
 from longrope2_ray.model.costs import GRADIENT_PASSES, full_equivalents
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.search import SearchSection
-from longrope2_ray.rope.baselines import PLAIN
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.descent import Descent
@@ -28,7 +28,6 @@ SKIPPED_SHARE = 3 / 16
 RATE = 0.015
 # Starts that the skipped documents leave to a race at full length, whose best one is taken.
 NUM_STARTS_RACED = 6
-NUM_FINALISTS = NUM_ATTENTION_FACTORS + NUM_STARTS_RACED + len(PLAIN)
 
 # (race, id -> vector, needle set) -> each vector's scores, by sample; those of eliminated ones
 # have gaps.
@@ -39,6 +38,12 @@ def proposal_equivalents(search: SearchSection, shape: ModelShape, num_starts: i
     """Return what a proposal costs at most, in passes of the target length by FLOPs."""
     passes = search.skipped_needles * (num_starts + search.descent_steps * GRADIENT_PASSES)
     return passes * full_equivalents(shape, num_skipped_tokens(search), search.target_length)
+
+
+def num_raced(geometry: RopeGeometry, space: SearchSpace, target_length: int) -> int:
+    """Return how many candidates are raced at full length at most."""
+    factors = 1 if space.fixed_attention else NUM_ATTENTION_FACTORS
+    return factors + NUM_STARTS_RACED + len(published(geometry, target_length, 1.0))
 
 
 def num_skipped_tokens(search: SearchSection) -> int:
@@ -88,7 +93,8 @@ class Proposer:
         candidates = starts(self._geometry, self._space, target, self._attention)
         best = self._best(candidates, NUM_STARTS_RACED, SKIPPED_SET, size)
         # Skipped documents only hint at a good start, so full length decides; the published methods
-        # are raced in any case, so that the winner is never worse than the best of them.
+        # are raced in any case, so that the winner is never worse than the best of them at this
+        # attention factor.
         methods = published(self._geometry, target, self._attention)
         raced = {candidate.id: candidate for candidate in (*best, *methods)}
         (start,) = self._best(list(raced.values()), 1, SEARCH_SET, self._num_samples)
@@ -105,7 +111,8 @@ class Proposer:
         """
         by_id = {candidate.id: candidate for candidate in candidates}
         no_dims = dict.fromkeys(by_id, 0)
-        race = Race(no_dims, list(by_id), {}, num_samples, RaceRules(top_k=top_k))
+        rules = replace(RaceRules.of(self._search), top_k=top_k, niche_size=0)
+        race = Race(no_dims, list(by_id), {}, num_samples, rules)
         self._run(race, {id: c.factors for id, c in by_id.items()}, needle_set)
         totals = {id: total for id, total in race.totals.items() if math.isfinite(total)}
         if not totals:

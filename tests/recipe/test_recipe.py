@@ -102,6 +102,18 @@ def test_shipped_recipes_search_at_the_start_and_report_at_several_depths() -> N
         ("critical_dims = [0, 1]", "search.critical_dims", "0 < first <= last, got (0, 1)"),
         ("critical_dims = [5, 4]", "search.critical_dims", "0 < first <= last, got (5, 4)"),
         ("attention_factor = -1", "search.attention_factor", "positive number, got -1.0"),
+        (
+            'preset = "descent"\niterations = 3',
+            "search.iterations",
+            "expected 0 with descent_steps",
+        ),
+        ('preset = "descent"\nstart_tokens = [8]', "search.start_tokens", "expected [0] with"),
+        (
+            'preset = "descent"\ndimensions = "all"\nstarts = ["yarn"]',
+            "search.dimensions",
+            "expected 'tail' with descent_steps 16",
+        ),
+        ("skipped_tokens = 1000000", "search.skipped_tokens", "expected at most target_length"),
         ("attention_factor = 'sue'", "search.attention_factor", "'sue'"),
         ("attention_factor = nan", "search.attention_factor", "nan"),
         (

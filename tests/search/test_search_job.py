@@ -186,6 +186,40 @@ def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(
     assert all(ledger[key] == score for key, score in kept.items()), "scored again"
 
 
+DESCENT = (
+    "--search.preset", "descent", "--search.iterations", "0", "--search.descent-steps", "4",
+    "--search.skipped-needles", "2", "--report.methods", '["yarn", "longrope2"]',
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_on_this_machine")
+def test_a_descent_killed_with_9_ends_in_the_same_bytes_on_another_number_of_scorers(
+    tmp_path: Path,
+) -> None:
+    """Once among the steps, whose gradients stand in the ledger, once in the race after them."""
+    expected = debug_run(tmp_path / "whole", *DESCENT, "--scorer.num-scorers", "2")
+    total = len(ledger_of(RunDir(str(tmp_path / "whole"))))
+    place = tmp_path / "killed"
+    command = [sys.executable, "-m", "longrope2_ray", "search", "debug", "--run-dir", str(place)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    null = subprocess.DEVNULL
+    for share in (0.5, 0.8):
+        driver = subprocess.Popen(
+            [*command, *DESCENT], cwd=ROOT, env=environment, stdout=null, stderr=null
+        )
+        began = time.monotonic()
+        while len(ledger_of(RunDir(str(place)))) < share * total:
+            assert driver.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() - began < 200, "no scores came"
+            time.sleep(0.05)
+        driver.kill()
+        driver.wait()
+    assert any(score.gradient for score in ledger_of(RunDir(str(place))).values())
+    assert not (place / "winner.json").exists()
+    assert debug_run(place, *DESCENT, "--scorer.num-scorers", "1") == expected
+
+
 def test_a_finished_run_is_only_read_and_its_report_finished(
     tmp_path: Path, finished_debug_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
