@@ -143,6 +143,6 @@ class Proposer:
             descent.tell([score.gradient for score in known], num_tokens)
             self._on_step(descent.step, candidate, known)
             candidate = Candidate.of_vector(
-                descent.ask(), self._ratio, self._attention, candidate.id
+                descent.ask(), self._ratio, self._attention, candidate.id, "descent"
             )
         return candidate

@@ -31,6 +31,7 @@ class Candidate:
         start_tokens: number of positions at the start that keep the original RoPE (LongRoPE's
             ``n_hat``).
         head: the factors below the critical dimension, where they are not NTK's; empty otherwise.
+        origin: what made it: an operator, or the published method that it is.
     """
 
     critical_dim: int
@@ -39,10 +40,11 @@ class Candidate:
     parent_id: str | None = None
     start_tokens: int = 0
     head: tuple[float, ...] = ()
+    origin: str = ""
 
     @cached_property
     def id(self) -> str:
-        """Twelve hex digits of the content's SHA-256; the parent is no part of the content."""
+        """Twelve hex digits of the content's SHA-256; parent and origin are no part of it."""
         more: list[Any] = [self.start_tokens] if self.start_tokens else []
         if self.head:
             more.append(self.head)
@@ -66,7 +68,12 @@ class Candidate:
 
     @classmethod
     def of_vector(
-        cls, values: np.ndarray, ratio: float, attention_factor: float, parent_id: str | None = None
+        cls,
+        values: np.ndarray,
+        ratio: float,
+        attention_factor: float,
+        parent_id: str | None = None,
+        origin: str = "",
     ) -> "Candidate":
         """[ours] Return a whole vector as a candidate.
 
@@ -76,7 +83,8 @@ class Candidate:
         reached = np.flatnonzero(values >= ratio * (1 - 1e-9))
         dim = int(reached[0]) if len(reached) else 0
         factors = tuple(map(float, values))
-        return cls(dim, factors[dim:], attention_factor, parent_id, head=factors[:dim])
+        head, tail = factors[:dim], factors[dim:]
+        return cls(dim, tail, attention_factor, parent_id, head=head, origin=origin)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Candidate":
@@ -88,6 +96,7 @@ class Candidate:
             parent_id=body["parent_id"],
             start_tokens=body["start_tokens"],
             head=tuple(body["head"]),
+            origin=body["origin"],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +109,7 @@ class Candidate:
             "attention_factor": self.attention_factor,
             "start_tokens": self.start_tokens,
             "parent_id": self.parent_id,
+            "origin": self.origin,
         }
 
 

@@ -28,10 +28,10 @@ def published(
 ) -> list[Candidate]:
     """Return the published methods as candidates, non-decreasing."""
     ratio = target_length / geometry.original_length
-    methods = (PLAIN[name](geometry, target_length) for name in PLAIN if name != "unscaled")
+    methods = {name: PLAIN[name](geometry, target_length) for name in PLAIN if name != "unscaled"}
     return [
-        Candidate.of_vector(np.maximum.accumulate(method), ratio, attention_factor)
-        for method in methods
+        Candidate.of_vector(np.maximum.accumulate(values), ratio, attention_factor, origin=name)
+        for name, values in methods.items()
     ]
 
 
@@ -45,17 +45,19 @@ def starts(
     if the model can bear it.
     """
     ratio = target_length / geometry.original_length
-    methods = [
-        candidate.factors.values
+    wholes = [
+        (candidate.origin, candidate.factors.values)
         for candidate in published(geometry, target_length, attention_factor)
     ]
-    tails = [longrope2_start(geometry, target_length, dim) for dim in space.critical_dims]
+    for dim in space.critical_dims:
+        wholes.append(("constant tail", longrope2_start(geometry, target_length, dim)))
     kept = num_kept_dims(geometry)
     found: dict[str, Candidate] = {}
-    for whole in (*methods, *tails):
-        for vector in (whole, np.concatenate([np.ones(kept), whole[kept:]])):
+    for name, whole in wholes:
+        with_head = np.concatenate([np.ones(kept), whole[kept:]])
+        for origin, vector in ((name, whole), (f"{name}, kept head", with_head)):
             values = np.maximum.accumulate(vector)
-            candidate = Candidate.of_vector(values, ratio, attention_factor)
+            candidate = Candidate.of_vector(values, ratio, attention_factor, origin=origin)
             found.setdefault(candidate.id, candidate)
     return list(found.values())
 
@@ -74,5 +76,5 @@ def finalists(
     count = NUM_ATTENTION_FACTORS if low < high else 1
     values = np.array(descended.head + descended.tail)
     for factor in np.linspace(low, high, count).round(4).tolist():
-        yield Candidate.of_vector(values, ratio, factor, descended.parent_id)
+        yield Candidate.of_vector(values, ratio, factor, descended.parent_id, "attention factor")
     yield from others

@@ -32,7 +32,9 @@ class Variation:
         """
         for dim, tail in self._start_tails(rng):
             attention = float(rng.uniform(*self._space.attention_bounds))
-            yield Candidate(dim, tail, attention, None, self._space.start_tokens[0])
+            origin = "start" if self._space.starts else "constant tail"
+            start_tokens = self._space.start_tokens[0]
+            yield Candidate(dim, tail, attention, None, start_tokens, origin=origin)
 
     def _start_tails(self, rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, ...]]]:
         if self._space.starts:
@@ -78,7 +80,14 @@ class Variation:
         tail = MUTATIONS[settings.mutation](tail, context)
         attention = self._attention_factor(parent.attention_factor, rng)
         start_tokens = self._start_tokens(parent.start_tokens, rng)
-        return Candidate(dim, tuple(map(float, tail)), attention, parent.id, start_tokens)
+        return Candidate(
+            dim,
+            tuple(map(float, tail)),
+            attention,
+            parent.id,
+            start_tokens,
+            origin="mutation",
+        )
 
     def draw(self, dim: int, rng: np.random.Generator) -> Candidate:
         """[ours] Draw a tail of the monotone box: uniformly, or in one to four steps.
@@ -96,7 +105,7 @@ class Variation:
             tail = np.sort(rng.uniform(*bounds, size))
         attention = float(rng.uniform(*self._space.attention_bounds))
         start_tokens = self._start_tokens(None, rng)
-        return Candidate(dim, tuple(map(float, tail)), attention, None, start_tokens)
+        return Candidate(dim, tuple(map(float, tail)), attention, None, start_tokens, origin="draw")
 
     def cross(self, parent: Candidate, mate: Candidate, rng: np.random.Generator) -> Candidate:
         """Cross two candidates of the same critical dimension."""
@@ -106,7 +115,14 @@ class Variation:
         start = parent.start_tokens
         if start != mate.start_tokens and rng.random() < 0.5:
             start = mate.start_tokens
-        return Candidate(parent.critical_dim, tuple(map(float, tail)), attention, parent.id, start)
+        return Candidate(
+            parent.critical_dim,
+            tuple(map(float, tail)),
+            attention,
+            parent.id,
+            start,
+            origin="crossover",
+        )
 
     def _any_dim(self, rng: np.random.Generator) -> int:
         return int(rng.choice(self._space.critical_dims))
