@@ -83,7 +83,7 @@ class Plan:
         tail_bounds: lowest and highest factor of a tail.
         num_parameters: weights of the model.
         candidates: candidates of all generations.
-        units: forward passes of the search without racing, one for each sample and candidate.
+        units: forward passes of the search if racing saves none, one for each sample and candidate.
         proposing: cost of the descent that the first generation comes from, in such passes.
         passes_most: forward passes, the report's included, if racing saves none; those of the
             descent, which are shorter, stand in ``proposing``.
@@ -152,7 +152,7 @@ def plan(
     first, proposing = _first_generation(recipe, shape, space, geometry)
     candidates = first + search.iterations * search.num_offspring
     most = candidates * recipe.needles.num_samples
-    likely = most if search.racing == "off" else round(most * (1 - SAVED_BY_RACING))
+    likely = round(most * (1 - SAVED_BY_RACING))
     flops = pass_flops(shape, search.target_length)
     pflop_most = _search_pflop(recipe, shape, most + proposing)
     pflop_likely = _search_pflop(recipe, shape, likely + proposing)

@@ -46,10 +46,24 @@ from chaos import (
     wait_until,
 )
 
-# The demo's search; of its tables one row of each kind, since a fault in 441 units of a table is
-# no other fault.
+# The paper's search in the demo's size; of its tables one row of each kind, since a fault in 441
+# units of a table is no other fault.
 RECIPE = [
     "demo",
+    "--search.preset",
+    "paper",
+    "--search.population-size",
+    "32",
+    "--search.top-k",
+    "4",
+    "--search.num-offspring",
+    "16",
+    "--search.iterations",
+    "12",
+    "--needles.num-samples",
+    "8",
+    "--needles.depth",
+    "start",
     "--report.methods",
     '["yarn", "longrope2"]',
     "--report.num-samples",

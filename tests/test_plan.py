@@ -32,6 +32,7 @@ SHAPE = ModelShape(
 def recipe(search: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     small = {
         "target_length": 1024,
+        "preset": "paper",
         "population_size": 16,
         "iterations": 3,
         "num_offspring": 8,
@@ -98,11 +99,6 @@ def test_report_lengths_and_attention_factors_multiply_the_report() -> None:
     assert cost.passes_most - cost.units == 2 * 3 * 4
 
 
-def test_without_racing_every_unit_is_likely() -> None:
-    cost = plan(recipe({"racing": "off"}), SHAPE, "h100")
-    assert cost.passes_likely == cost.passes_most
-
-
 def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
     cost = plan(recipe(), SHAPE, "a100-80gb", utilization=0.5)
     seconds = (
@@ -116,7 +112,7 @@ def test_gpu_hours_are_flops_over_the_reached_share_of_the_peak() -> None:
 
 def test_flops_of_the_run_are_those_of_every_pass() -> None:
     cost = plan(
-        recipe({"racing": "exact"}, report={"lengths": [512, 2048], "methods": ["pi"]}),
+        recipe(report={"lengths": [512, 2048], "methods": ["pi"]}),
         SHAPE,
         "h100",
     )

@@ -4,14 +4,18 @@ function."""
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search import lookahead, loop
 from longrope2_ray.search.loop import SearchLoop
+from longrope2_ray.search.racing import Race, Scores
 from longrope2_ray.search.scores import (
     SEARCH_SET,
     NeedleSet,
@@ -50,12 +54,13 @@ Nll = Callable[[Unit], float | None]
 def toy_recipe(
     report: Mapping[str, Any] | None = None, look_ahead: bool = True, **search: Any
 ) -> Recipe:
-    """A search of seconds over the toy; ``search`` overrides its fields."""
+    """A search of seconds over the toy, evolutionary unless its preset is the default one."""
     small = {"population_size": 12, "iterations": 3, "top_k": 4, "num_offspring": 6}
+    bred = {} if search.get("preset") == "default" else {"preset": "paper", **small}
     return Recipe(
         name="toy",
         model={"path": "toy"},
-        search={"target_length": TARGET_LENGTH, **small, **search},
+        search={"target_length": TARGET_LENGTH, **bred, **search},
         needles={"num_samples": NUM_SAMPLES},
         report={"num_samples": NUM_SAMPLES, **(report or {})},
         scorer={"look_ahead": look_ahead},
@@ -70,6 +75,21 @@ def toy_nll(unit: Unit) -> float:
     gap = np.log(unit.factors.values / ideal) ** 2
     start = 0.01 * math.sin(unit.factors.start_tokens) ** 2
     return float(weights @ gap) + (unit.factors.attention_factor - 1.1) ** 2 + start
+
+
+@contextmanager
+def without_racing(off: bool = True) -> Iterator[None]:
+    """Let no race of a search eliminate anything: what exact racing has to be equal to."""
+
+    def race_of_all(
+        newcomers: Sequence[str], incumbents: Mapping[str, Scores], samples: int, top_k: int | None
+    ) -> Race:
+        return Race(newcomers, incumbents, samples, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, lookahead) if off else ():
+            patch.setattr(module, "Race", race_of_all)
+        yield
 
 
 class KilledError(Exception):

@@ -23,7 +23,7 @@ def add_commands(commands: "Commands") -> None:
         "Search for the rescale factors that extend the model's window.",
         details="The search runs on the Ray cluster at RAY_ADDRESS, else on this machine. The same "
         "command resumes a search that was interrupted.",
-        example="demo\ndemo --search.population-size 16 --run-dir runs/small",
+        example="demo\ndemo --search.descent-steps 8 --run-dir runs/small",
         resumable=True,
     )
     add_recipe(search)

@@ -48,7 +48,6 @@ class Evolution:
     """
 
     def __init__(self, space: SearchSpace, settings: SearchSection):
-        _require_room(space, settings.population_size)
         self.space = space
         self.settings = settings
         self._variation = Variation(space, settings)
@@ -99,14 +98,15 @@ class Evolution:
     # --- Algorithm 1: the initial population
 
     def _initial_population(self) -> tuple[Candidate, ...]:
-        """Return P candidates: one constant tail for each critical dimension, then others."""
+        """Return P candidates: one constant tail for each critical dimension, then mutants."""
+        _require_room(self.space, self.settings.population_size)
         rng = self._rng(0)
         # Lines 2-9: a constant tail for each critical dimension.
         seeds = list(self._variation.constant_tails(rng))
         seen = {seed.id for seed in seeds}
         count = self.settings.population_size - len(seeds)
         # Sec. 3.2: sample and mutate until the population holds P candidates.
-        others = self._unseen(seeds, count, rng, self._variation.initial, seen)
+        others = self._unseen(seeds, count, rng, self._variation.mutate, seen)
         return (*seeds, *others)
 
     # --- Algorithm 2: one iteration
@@ -128,12 +128,7 @@ class Evolution:
                 "try model.dtype = 'float32'"
             )
         # Lines 1 and 11: update P with the top k.
-        kept = select(
-            {id: known[id] for id in pool},
-            {id: candidate.critical_dim for id, candidate in pool.items()},
-            self.settings.top_k,
-            self.settings.niche_size,
-        )
+        kept = select({id: known[id] for id in pool}, self.settings.top_k)
         survivors = tuple(pool[id] for id in kept)
         return Generation(generation.index + 1, survivors, {id: known[id] for id in kept}, ())
 
@@ -183,34 +178,15 @@ class Evolution:
         return np.random.default_rng((self.settings.seed, generation))
 
 
-def select(
-    totals: Mapping[str, float], critical_dims: Mapping[str, int], top_k: int, niche_size: int
-) -> list[str]:
+def select(totals: Mapping[str, float], top_k: int) -> list[str]:
     """Return the ids of the survivors, best first.
 
-    The best ``niche_size`` of each critical dimension survive, then the best of all up to
-    ``top_k``. Ties are broken by id, so that the order is total.
+    Ties are broken by id, so that the order is total.
 
     Args:
         totals: id -> summed NLL of the completely scored candidates.
-        critical_dims: id -> critical dimension.
     """
-    ranked = sorted(totals, key=lambda id: (totals[id], id))
-    # Niches come first, so that one critical dimension cannot crowd out the others; ``top_k``
-    # bounds them too.
-    taken: dict[int, int] = {}
-    niches = []
-    for id in ranked:
-        dim = critical_dims[id]
-        if taken.get(dim, 0) < niche_size:
-            taken[dim] = taken.get(dim, 0) + 1
-            niches.append(id)
-    kept = set(niches[:top_k])
-    for id in ranked:
-        if len(kept) >= top_k:
-            break
-        kept.add(id)
-    return [id for id in ranked if id in kept]
+    return sorted(totals, key=lambda id: (totals[id], id))[:top_k]
 
 
 def _require_room(space: SearchSpace, population_size: int) -> None:

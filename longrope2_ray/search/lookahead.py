@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from longrope2_ray.search.comparison import Comparison
 from longrope2_ray.search.evolution import Evolution, Generation
-from longrope2_ray.search.racing import Race, RaceRules, Scores
+from longrope2_ray.search.racing import Race, Scores
 from longrope2_ray.search.scheduling import Scheduler
 from longrope2_ray.search.scores import SEARCH_SET, NeedleSet, Score, Unit
 from longrope2_ray.search.space import Candidate
@@ -45,7 +45,6 @@ class Lookahead:
 
     Args:
         evolution: the search; it is only asked, so its state does not change.
-        rules: rules of the guessed races.
         num_samples: samples of a complete score.
         known: (id, sample) -> NLL in the ledger, None if it is not there.
     """
@@ -53,12 +52,10 @@ class Lookahead:
     def __init__(
         self,
         evolution: Evolution,
-        rules: RaceRules,
         num_samples: int,
         known: Callable[[str, int], float | None],
     ):
         self._evolution = evolution
-        self._rules = rules
         self._num_samples = num_samples
         self._known = known
         self._guesses: list[_Guess] = []  # of the next generation, of the one after it, ...
@@ -120,10 +117,10 @@ class Lookahead:
         """Breed the offspring of guessed survivors and start their race with what is known."""
         seen = {id for guess in self._guesses for id in guess.offspring}
         offspring = {c.id: c for c in self._evolution.offspring(standing, seen)}
-        dims = {c.id: c.critical_dim for c in (*standing.survivors, *offspring.values())}
         incumbents = {c.id: rows[c.id] for c in standing.survivors}
         # The guessed race eliminates too: offspring that cannot survive get no further units.
-        race = Race(dims, list(offspring), incumbents, self._num_samples, self._rules)
+        top_k = self._evolution.settings.top_k
+        race = Race(list(offspring), incumbents, self._num_samples, top_k)
         for id in offspring:
             for sample in range(self._num_samples):
                 if (nll := self._known(id, sample)) is not None:
@@ -148,7 +145,6 @@ class IdleWork:
     def __init__(
         self,
         evolution: Evolution,
-        rules: RaceRules,
         scheduler: Scheduler,
         needle_sets: Mapping[str, NeedleSet],
         comparisons: Callable[[Candidate | None], Sequence[Comparison]],
@@ -163,7 +159,6 @@ class IdleWork:
         self._of_tables: deque[Unit] = deque()
         self._lookahead = Lookahead(
             evolution,
-            rules,
             len(needle_sets[SEARCH_SET]),
             lambda id, sample: scheduler.known_nll(id, SEARCH_SET, sample),
         )

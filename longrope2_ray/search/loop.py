@@ -16,7 +16,7 @@ from longrope2_ray.search.comparison import Comparison, comparisons, num_report_
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.lookahead import IdleWork
 from longrope2_ray.search.proposing import Proposer, num_raced
-from longrope2_ray.search.racing import Race, RaceRules, race_of_all
+from longrope2_ray.search.racing import Race, race_of_all
 from longrope2_ray.search.scheduling import Scheduler, Scorers
 from longrope2_ray.search.scores import (
     SEARCH_SET,
@@ -68,13 +68,11 @@ class SearchLoop:
         self._fingerprints = fingerprints
         self._space = SearchSpace.from_recipe(geometry, recipe.search)
         self._evolution = Evolution(self._space, recipe.search)
-        self._rules = RaceRules.of(recipe.search)
         self._ledger = scores_of(run_dir).load()
         self._scheduler = Scheduler(scorers, self._ledger, needle_sets, self._committed)
         self._num_samples = len(needle_sets[SEARCH_SET])
         self._idle_work = IdleWork(
             self._evolution,
-            self._rules,
             self._scheduler,
             needle_sets,
             self._comparisons,
@@ -159,9 +157,8 @@ class SearchLoop:
         """Race the candidates of the open generation against the survivors so far."""
         survivors = self._evolution.generation.survivors
         incumbents = {c.id: self._complete_row(c.id) for c in survivors}
-        dims = {c.id: c.critical_dim for c in (*survivors, *candidates)}
         newcomers = [c.id for c in candidates]
-        race = Race(dims, newcomers, incumbents, self._num_samples, self._rules)
+        race = Race(newcomers, incumbents, self._num_samples, self._recipe.search.top_k)
         self._board.asked((id, SEARCH_SET) for id in newcomers)
         vectors = {c.id: c.factors for c in candidates}
         self._scheduler.run(race, vectors, SEARCH_SET, self._idle_work.units)

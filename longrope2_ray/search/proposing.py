@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from longrope2_ray.errors import StoppedError
 from longrope2_ray.model.costs import GRADIENT_PASSES, full_equivalents
@@ -11,7 +10,7 @@ from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.descent import Descent
-from longrope2_ray.search.racing import Race, RaceRules, race_of_all
+from longrope2_ray.search.racing import Race, race_of_all
 from longrope2_ray.search.scores import SEARCH_SET, SKIPPED_SET, Score, descent_set
 from longrope2_ray.search.space import Candidate, SearchSpace, attention_factor
 from longrope2_ray.search.starts import (
@@ -110,9 +109,7 @@ class Proposer:
             StoppedError: if no score is finite.
         """
         by_id = {candidate.id: candidate for candidate in candidates}
-        no_dims = dict.fromkeys(by_id, 0)
-        rules = replace(RaceRules.of(self._search), top_k=top_k, niche_size=0)
-        race = Race(no_dims, list(by_id), {}, num_samples, rules)
+        race = Race(list(by_id), {}, num_samples, top_k)
         self._run(race, {id: c.factors for id, c in by_id.items()}, needle_set)
         totals = {id: total for id, total in race.totals.items() if math.isfinite(total)}
         if not totals:

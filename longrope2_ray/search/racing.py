@@ -11,65 +11,30 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-
-from longrope2_ray.recipe.search import SearchSection
 
 Scores = Mapping[int, float]  # sample -> NLL sum of its answer
-# Samples that a paired test needs.
-MIN_PAIRED_SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class RaceRules:
-    """The rules by which a race eliminates candidates.
-
-    Attributes:
-        racing: ``exact``, ``statistical``, or ``off``: nothing is eliminated.
-        top_k: survivors of a generation.
-        niche_size: survivors of each critical dimension before the global top k.
-        confidence: standard errors that a statistical race asks for.
-    """
-
-    racing: str = "exact"
-    top_k: int = 1
-    niche_size: int = 0
-    confidence: float = 2.0
-
-    @classmethod
-    def of(cls, search: SearchSection) -> "RaceRules":
-        """Return the rules of a recipe's search section."""
-        return cls(search.racing, search.top_k, search.niche_size, search.racing_confidence)
-
-
-EVERYTHING = RaceRules(racing="off")  # scores all samples of all candidates
 
 
 class Race:
     """The race of one generation.
 
     Args:
-        critical_dims: candidate id -> critical dimension, incumbents among them.
         newcomers: ids that have to be scored, in order.
         incumbents: id -> (sample -> NLL) of the survivors so far, complete (estimated where the
             race is one of the lookahead).
         num_samples: samples of a complete score.
-        rules: the rules of elimination.
+        top_k: survivors of the generation; None scores everything, whatever the scores.
     """
 
     def __init__(
         self,
-        critical_dims: Mapping[str, int],
         newcomers: Sequence[str],
         incumbents: Mapping[str, Scores],
         num_samples: int,
-        rules: RaceRules,
+        top_k: int | None,
     ):
         self.incumbents = incumbents
-        self._dims = critical_dims
-        self._rules = rules
+        self._top_k = top_k
         self._num_samples = num_samples
         # Hard samples raise the bound of a poor candidate fastest, so they come first.
         self._order = hardest_first(incumbents.values(), num_samples)
@@ -78,16 +43,12 @@ class Race:
         self._pending: dict[str, set[int]] = {id: set() for id in newcomers}
         self._rank = {id: rank for rank, id in enumerate(newcomers)}
         self._totals = {id: math.fsum(scores.values()) for id, scores in incumbents.items()}
-        # Complete totals, ascending: of all candidates, and of each critical dimension.
-        self._ranked: list[float] = []
-        self._ranked_by_dim: dict[int, list[float]] = {dim: [] for dim in critical_dims.values()}
-        for id in incumbents:
-            self._rank_total(id)
+        # Complete totals, ascending.
+        self._ranked = sorted(self._totals.values())
         self._eliminated: set[str] = set()
         self._open: set[str] = set(newcomers)
         # A heap of turns; those that are out of date stay in it until they come up.
         self._turns = [self._turn(id) for id in newcomers]
-        self._reference = self._paired_reference()
 
     def next_unit(self) -> tuple[str, int] | None:
         """Return the next (candidate, sample), marked as pending; None if there is none now."""
@@ -120,12 +81,11 @@ class Race:
         if id not in self._open:
             return
         heapq.heappush(self._turns, self._turn(id))
-        racing = self._rules.racing != "off"
-        if racing and (not math.isfinite(nll) or self._loses_paired_test(id)):
+        if self._top_k is not None and not math.isfinite(nll):
             self._eliminate(id)
         elif len(self._scores[id]) == self._num_samples:
             self._complete(id)
-        elif racing and not self._can_survive(id):
+        elif not self._can_survive(id):
             self._eliminate(id)
 
     @property
@@ -186,70 +146,35 @@ class Race:
     def _turn(self, id: str) -> tuple[int, float, int, str]:
         """Return the key that orders candidates: fewest pending units, lowest bound, first come.
 
-        Without racing nothing is eliminated: one candidate after the other, so that most totals are
-        known early.
+        Where nothing is eliminated: one candidate after the other, so that most totals are known
+        early.
         """
-        if self._rules.racing == "off":
+        if self._top_k is None:
             return 0, 0.0, self._rank[id], id
         return len(self._pending[id]), self._bounds[id], self._rank[id], id
-
-    def _rank_total(self, id: str) -> None:
-        insort(self._ranked, self._totals[id])
-        insort(self._ranked_by_dim[self._dims[id]], self._totals[id])
 
     def _complete(self, id: str) -> None:
         """Rank a candidate whose samples are all scored, and eliminate those it leaves no place."""
         self._totals[id] = self.lower_bound(id)
-        self._rank_total(id)
+        insort(self._ranked, self._totals[id])
         self._open.discard(id)
         # A new complete total can lower the k-th best, the bar that the others have to pass.
-        if self._rules.racing != "off":
-            for other in [other for other in self._open if not self._can_survive(other)]:
-                self._eliminate(other)
+        for other in [other for other in self._open if not self._can_survive(other)]:
+            self._eliminate(other)
 
     def _eliminate(self, id: str) -> None:
         self._open.discard(id)
         self._eliminated.add(id)
 
     def _can_survive(self, id: str) -> bool:
-        """Tell whether the top k or the candidate's niche still has a place for its lower bound."""
+        """Tell whether the top k still have a place for a candidate's lower bound."""
         # Only strictly better totals count: a tie may still be won by id.
-        bound = self.lower_bound(id)
-        if bisect_left(self._ranked, bound) < self._rules.top_k:
-            return True
-        return bisect_left(self._ranked_by_dim[self._dims[id]], bound) < self._rules.niche_size
-
-    def _paired_reference(self) -> Scores | None:
-        """Return the scores of the worst incumbent for the paired test; None without a test."""
-        full = len(self.incumbents) >= self._rules.top_k
-        if self._rules.racing != "statistical" or not full or self._rules.niche_size:
-            return None
-        return self.incumbents[max(self.incumbents, key=lambda id: (self._totals[id], id))]
-
-    def _loses_paired_test(self, id: str) -> bool:
-        """Tell whether a candidate loses the one-sided paired test against the worst incumbent.
-
-        Only prefixes of the fixed order count, so the verdict does not depend on the order of
-        completion.
-        """
-        if self._reference is None:
-            return False
-        differences: list[float] = []
-        for sample in self._order:
-            if sample not in self._scores[id]:
-                break
-            differences.append(self._scores[id][sample] - self._reference[sample])
-            n = len(differences)
-            if MIN_PAIRED_SAMPLES <= n < self._num_samples:
-                error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-                if math.fsum(differences) / n > self._rules.confidence * error:
-                    return True
-        return False
+        return self._top_k is None or bisect_left(self._ranked, self._bounds[id]) < self._top_k
 
 
 def race_of_all(ids: Sequence[str], num_samples: int) -> Race:
     """Return a race that scores all samples of all ids, whatever their scores."""
-    return Race(dict.fromkeys(ids, 0), ids, {}, num_samples, EVERYTHING)
+    return Race(ids, {}, num_samples, None)
 
 
 def hardest_first(known: Iterable[Scores], num_samples: int) -> list[int]:

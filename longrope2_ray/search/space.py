@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longrope2_ray.recipe.base import AttentionFactor
-from longrope2_ray.recipe.search import SearchSection
+from longrope2_ray.recipe.search import EVERY_DIMENSION, SearchSection
 from longrope2_ray.rope.baselines import PLAIN, baseline, su_attention_factor, yarn_attention_factor
 from longrope2_ray.rope.factors import RescaleFactors, assemble
 from longrope2_ray.rope.geometry import RopeGeometry
@@ -160,8 +160,8 @@ class SearchSpace:
         dims = _critical_dims(geometry, search)
         low, high = (bound * ratio for bound in search.tail_bounds)
         starts: tuple[tuple[float, ...], ...] = ()
-        if search.dimensions == "all":
-            dims, low = (0,), 1.0
+        if search.critical_dims == EVERY_DIMENSION:
+            low = 1.0
             starts = _starts(geometry, search, low, high)
         if low < 1 or high < low:
             raise ValueError(
@@ -190,11 +190,13 @@ def _require_lengths(geometry: RopeGeometry, search: SearchSection) -> None:
 
 def _critical_dims(geometry: RopeGeometry, search: SearchSection) -> tuple[int, ...]:
     theory = max(geometry.ten_period_dim, 1), geometry.theoretical_critical_dim
+    if search.critical_dims == EVERY_DIMENSION:
+        return (0,)
     first, last = search.critical_dims or theory
     if not 0 < first <= last < geometry.num_cosines:
         raise ValueError(
             f"search.critical_dims: expected cosine indices in 1 ... {geometry.num_cosines - 1}, "
-            f"got {first}, {last}"
+            f"or 0, 0 for every dimension, got {first}, {last}"
         )
     return tuple(range(first, last + 1))
 
@@ -229,19 +231,21 @@ def _start(start: str | Sequence[float], geometry: RopeGeometry, target_length: 
 def _attention_bounds(
     geometry: RopeGeometry, search: SearchSection, ratio: float
 ) -> tuple[float, float]:
+    if isinstance(search.attention_factor, tuple):
+        return search.attention_factor
     fixed = attention_factor(search.attention_factor, ratio, geometry.original_length)
     if fixed is not None:
         return fixed, fixed
-    if search.attention_bounds is not None:
-        return search.attention_bounds
     # [ours] A searched factor may go twice as far from one as the strongest published rule.
     su = su_attention_factor(ratio, geometry.original_length)
     return 1.0, 1 + 2 * (max(su, yarn_attention_factor(ratio)) - 1)
 
 
-def attention_factor(setting: AttentionFactor, ratio: float, original_length: int) -> float | None:
+def attention_factor(
+    setting: AttentionFactor | tuple[float, float], ratio: float, original_length: int
+) -> float | None:
     """Return the number behind a recipe's ``attention_factor``; None if it is searched."""
-    if setting == "search":
+    if setting == "search" or isinstance(setting, tuple):
         return None
     if setting == "su":
         return su_attention_factor(ratio, original_length)

@@ -5,7 +5,7 @@ recipe = "demo"                          # a shipped recipe, or a file beside th
 seeds = [0, 1, 2, 3, 4]
 
 [settings]                               # recipe fields of every trial
-search.racing = "off"
+report.attention_factors = [1.0]
 
 [[variants]]                             # the first one is what the others are compared with
 name = "default"

@@ -67,9 +67,10 @@ def recipe(candidates: int) -> Recipe:
         model={"path": "none"},
         search={
             "target_length": TARGET_LENGTH,
+            "preset": "paper",
             "population_size": candidates,
+            "top_k": candidates,  # so nothing is eliminated
             "iterations": 0,
-            "racing": "off",
         },
         report={"methods": ["longrope2"], "num_samples": 1, "depth": "start"},
     )

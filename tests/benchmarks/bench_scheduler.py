@@ -1,7 +1,7 @@
 """How busy scorers are, how long they idle at the end of a generation, and what the driver costs,
 with looking ahead off and on.
 
-    python tests/benchmarks/bench_scheduler.py ray   --scorers 8 64 256 --racing exact off
+    python tests/benchmarks/bench_scheduler.py ray   --scorers 8 64 256
     python tests/benchmarks/bench_scheduler.py model --scorers 8 64 512 4096 --driver-ms 2
     python tests/benchmarks/bench_scheduler.py floor --scorers 64
 
@@ -121,16 +121,16 @@ class Trace:
     driver_seconds: float = 0.0
 
 
-def recipe(args: argparse.Namespace, offspring: int, racing: str, look_ahead: bool) -> Recipe:
+def recipe(args: argparse.Namespace, offspring: int, look_ahead: bool) -> Recipe:
     return Recipe(
         name="bench",
         model={"path": "none"},
         search={
             "target_length": TARGET_LENGTH,
+            "preset": "paper",
             "population_size": offspring,
             "num_offspring": offspring,
             "iterations": args.generations - 1,
-            "racing": racing,
             "seed": args.seed,
         },
         needles={"num_samples": NUM_SAMPLES},
@@ -211,7 +211,6 @@ def table_row(trace: Trace, run_dir: RunDir, scorers: int) -> list[str]:
 HEADER = [
     "scorers",
     "offspring",
-    "racing",
     "look ahead",
     "busy",
     "useful",
@@ -227,14 +226,14 @@ HEADER = [
 
 def table(args: argparse.Namespace, one: Callable[[int, Recipe, RunDir], Trace]) -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
-    for scorers, offspring, racing in itertools.product(args.scorers, args.offspring, args.racing):
+    for scorers, offspring in itertools.product(args.scorers, args.offspring):
         results = []
         for look_ahead in (False, True):
             with run_directory(args) as run_dir:
-                settings = recipe(args, offspring, racing, look_ahead)
+                settings = recipe(args, offspring, look_ahead)
                 row = table_row(one(scorers, settings, run_dir), run_dir, scorers)
                 results.append(result_bytes(run_dir))
-            label = [str(scorers), str(offspring), racing, "on" if look_ahead else "off"]
+            label = [str(scorers), str(offspring), "on" if look_ahead else "off"]
             print("| " + " | ".join([*label, *row]) + " |", flush=True)
         assert results[0] == results[1], "looking ahead changed the result"
 
@@ -418,9 +417,6 @@ def main() -> None:
     parser.add_argument("--scorers", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument(
         "--offspring", type=int, nargs="+", default=[64], help="candidates of a generation"
-    )
-    parser.add_argument(
-        "--racing", nargs="+", default=["exact", "off"], choices=["exact", "statistical", "off"]
     )
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="mean time of a unit")

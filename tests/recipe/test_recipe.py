@@ -49,24 +49,26 @@ def test_every_shipped_recipe_loads_by_path_and_by_name(path: Path) -> None:
     assert load_recipe(path).name == path.stem
 
 
-def test_a_short_recipe_gets_the_papers_numbers(tmp_path: Path) -> None:
+def test_a_short_recipe_gets_a_descent_and_the_papers_numbers_where_it_asks_for_them(
+    tmp_path: Path,
+) -> None:
     recipe = load_recipe(write(tmp_path, BASE))
     search = recipe.search
+    assert (search.descent_steps, search.iterations, search.attention_factor) == (16, 0, "search")
+    search = load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search
     assert (search.population_size, search.iterations, search.mutation_probability) == (64, 40, 0.3)
-    assert (search.tail_bounds, search.attention_factor, search.racing) == (
-        (1.0, 2.0),
-        1.0,
-        "exact",
-    )
+    assert (search.tail_bounds, search.attention_factor, search.top_k) == ((1.0, 2.0), 1.0, 32)
     assert (recipe.needles.num_samples, recipe.report.num_samples) == (10, 10)
     # Not the paper's, which looks at the start alone.
     assert recipe.needles.depth == recipe.report.depth == [0.0, 0.25, 0.5, 0.75]
 
 
-def test_shipped_recipes_search_at_the_start_and_report_at_several_depths() -> None:
+def test_shipped_recipes_search_at_the_start_at_least_and_report_at_several_depths() -> None:
     for path in RECIPES:
         recipe = load_recipe(path)
-        assert (recipe.needles.depth, recipe.report.depth) == ("start", [0.0, 0.25, 0.5, 0.75])
+        assert recipe.report.depth == [0.0, 0.25, 0.5, 0.75]
+        half = [0.0, 0.25, 0.0, 0.5, 0.0, 0.75]
+        assert recipe.needles.depth == (half if path.stem == "demo" else "start")
 
 
 @pytest.mark.parametrize(
@@ -89,44 +91,30 @@ def test_shipped_recipes_search_at_the_start_and_report_at_several_depths() -> N
         ("seed = 1.5", "search.seed", "1.5"),
         ("seed = -1", "search.seed", "-1"),
         ("population_size = 0", "search.population_size", "0"),
-        ("top_k = 65", "search.top_k", "at most population_size 64, got 65"),
-        ("mutation = 'psh'", "search.mutation", "'push'"),
+        ("preset = 'paper'\ntop_k = 65", "search.top_k", "at most population_size 64, got 65"),
+        ("racing = 'off'", "search.racing", "unknown recipe field"),
         ("mutation_probability = 0", "search.mutation_probability", "greater than 0"),
         ("mutation_probability = 1.1", "search.mutation_probability", "1.1"),
-        ("mutation_step = nan", "search.mutation_step", "nan"),
         ("tail_bounds = [2, 1]", "search.tail_bounds", "0 < low <= high, got 2.0, 1.0"),
         ("tail_bounds = [0, 1]", "search.tail_bounds", "0 < low <= high, got 0.0, 1.0"),
         ("tail_bounds = [1, 2, 3]", "search.tail_bounds", "got [1, 2, 3]"),
         ("tail_bounds = [1]", "search.tail_bounds", "got [1]"),
         ("tail_bounds = [1, inf]", "search.tail_bounds", "inf"),
-        ("critical_dims = [0, 1]", "search.critical_dims", "0 < first <= last, got (0, 1)"),
-        ("critical_dims = [5, 4]", "search.critical_dims", "0 < first <= last, got (5, 4)"),
-        ("attention_factor = -1", "search.attention_factor", "positive number, got -1.0"),
         (
-            'preset = "descent"\niterations = 3',
-            "search.iterations",
-            "expected 0 with descent_steps",
+            "critical_dims = [0, 1]",
+            "search.critical_dims",
+            "first <= last, or [0, 0] for every",
         ),
-        ('preset = "descent"\nstart_tokens = [8]', "search.start_tokens", "expected [0] with"),
-        (
-            'preset = "descent"\ndimensions = "all"\nstarts = ["yarn"]',
-            "search.dimensions",
-            "expected 'tail' with descent_steps 16",
-        ),
+        ("critical_dims = [5, 4]", "search.critical_dims", "every dimension, got (5, 4)"),
+        ("attention_factor = -1", "search.attention_factor", "positive number, su, yarn, search"),
+        ("descent_steps = 0", "search.descent_steps", "at least 1 with preset 'default'"),
         ("skipped_tokens = 1000000", "search.skipped_tokens", "expected at most target_length"),
         ("attention_factor = 'sue'", "search.attention_factor", "'sue'"),
         ("attention_factor = nan", "search.attention_factor", "nan"),
-        (
-            "attention_factor = 'search'\nattention_bounds = [1.5, 1]",
-            "search.attention_bounds",
-            "low <= high, got 1.5, 1.0",
-        ),
-        (
-            "attention_factor = 'search'\nattention_bounds = [0, 1]",
-            "search.attention_bounds",
-            "0 < low <= high, got 0.0",
-        ),
-        ("racing = 'statistical'\nniche_size = 2", "search.racing", "niche_size 0"),
+        ("attention_factor = [1.5, 1]", "search.attention_factor", "two bounds [low, high] with"),
+        ("attention_factor = [0, 1]", "search.attention_factor", "0 < low <= high to search it"),
+        ("attention_factor = [1, 2, 3]", "search.attention_factor", "got [1, 2, 3]"),
+        ("preset = 'paper'\nstarts = ['pi']", "search.starts", "unless critical_dims = [0, 0]"),
         ("preset = 'best'", "search.preset", "'best'"),
         ("[needles]\ndepth = 1.5", "needles.depth", "1.5"),
         ("[needles]\ndepth = 'middle'", "needles.depth", "'middle'"),
@@ -164,6 +152,44 @@ def test_a_wrong_field_gives_one_line_that_names_it(
     assert len(lines) == 1
     assert lines[0].startswith(f"{field}:")
     assert says in lines[0]
+
+
+EVOLUTION = ("paper", "authors", "longrope")
+
+
+@pytest.mark.parametrize(
+    ("presets", "said"),
+    [
+        (["default"], "iterations = 3"),
+        (["default"], "population_size = 64"),
+        (["default"], "top_k = 4"),
+        (["default"], "num_offspring = 3"),
+        (["default"], "mutation_probability = 0.3"),
+        (["default"], 'starts = ["yarn"]'),
+        (["default"], "start_tokens = [8]"),
+        (["default"], "critical_dims = [0, 0]"),
+        (EVOLUTION, "descent_steps = 4"),
+        (EVOLUTION, "skipped_needles = 8"),
+        (EVOLUTION, "skipped_tokens = 64"),
+    ],
+)
+def test_a_field_that_a_preset_does_not_know_is_refused_with_both_names(
+    tmp_path: Path, presets: list[str], said: str
+) -> None:
+    field = said.split()[0]
+    for preset in presets:
+        lines = complaints(tmp_path, BASE + f'preset = "{preset}"\n{said}\n')
+        assert len(lines) == 1
+        assert lines[0].startswith(
+            f"search.{field}: expected to be left out with preset '{preset}', since"
+        )
+
+
+def test_zero_of_what_a_preset_does_not_do_may_be_said() -> None:
+    for preset in ("default", *EVOLUTION):
+        field = "iterations" if preset == "default" else "descent_steps"
+        search = SearchSection.model_validate({"target_length": 9, "preset": preset, field: 0})
+        assert getattr(search, field) == 0
 
 
 @pytest.mark.parametrize(
@@ -220,12 +246,13 @@ def test_a_file_that_is_not_toml_or_not_there_is_said_so(tmp_path: Path) -> None
     [
         (["--search.seed", "3"], "search.seed", 3),
         (["--search.seed=3"], "search.seed", 3),
-        (["--search.population-size", "80"], "search.population_size", 80),
-        (["--search.population_size", "80"], "search.population_size", 80),
+        (["--search.descent-steps", "8"], "search.descent_steps", 8),
+        (["--search.descent_steps", "8"], "search.descent_steps", 8),
         (["--search.tail-bounds", "[1, 3]"], "search.tail_bounds", [1.0, 3.0]),
         (["--search.critical-dims", "3,5"], "search.critical_dims", [3, 5]),
         (["--search.attention-factor", "su"], "search.attention_factor", "su"),
         (["--search.attention-factor", "1.2"], "search.attention_factor", 1.2),
+        (["--search.attention-factor", "[1, 1.4]"], "search.attention_factor", [1.0, 1.4]),
         (["--needles.depth", "0.5"], "needles.depth", 0.5),
         (["--needles.depth", "stratified"], "needles.depth", "stratified"),
         (["--needles.depth", "[0.5]"], "needles.depth", 0.5),
@@ -247,7 +274,7 @@ def test_the_command_line_overrides_a_field(
 
 
 @pytest.mark.parametrize(
-    ("preset", "size", "top_k"), [("default", 8, 8), ("paper", 16, 16), ("paper", 64, 32)]
+    ("preset", "size", "top_k"), [("authors", 8, 8), ("paper", 16, 16), ("paper", 64, 32)]
 )
 def test_a_small_population_lowers_its_survivors(
     tmp_path: Path, preset: str, size: int, top_k: int
@@ -294,17 +321,11 @@ def test_a_preset_fills_defaults_and_explicit_fields_win(preset: str) -> None:
     filled = SearchSection.model_validate({"target_length": 1024, "preset": preset})
     assert {name: getattr(filled, name) for name in PRESETS[preset]} == PRESETS[preset]
     mine = SearchSection.model_validate(
-        {"target_length": 1024, "preset": preset, "mutation": "local", "niche_size": 1}
+        {"target_length": 1024, "preset": preset, "tail_bounds": (1, 3), "attention_factor": 1.2}
     )
-    assert (mine.mutation, mine.niche_size) == ("local", 1)
-    assert SearchSection.model_validate(mine.model_dump()) == mine
-
-
-def test_a_preset_can_be_chosen_on_the_command_line(tmp_path: Path) -> None:
-    assert (
-        load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search.mutation
-        == "neighbors"
-    )
+    assert (mine.tail_bounds, mine.attention_factor) == ((1.0, 3.0), 1.2)
+    assert mine.model_fields_set == {"target_length", "preset", "tail_bounds", "attention_factor"}
+    assert SearchSection.model_validate(mine.model_dump(exclude_unset=True)) == mine
 
 
 def test_presets_name_known_fields_only() -> None:

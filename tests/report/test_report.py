@@ -47,11 +47,11 @@ RECIPE = {
     "model": {"path": "toy"},
     "search": {
         "target_length": TARGET,
+        "preset": "paper",
         "population_size": 16,
         "iterations": 4,
         "top_k": 8,
         "num_offspring": 8,
-        "mutation": "local",
     },
     "needles": {"num_samples": NUM_SAMPLES},
     "report": {

@@ -87,9 +87,7 @@ def test_a_sample_without_a_gradient_is_left_out_and_none_at_all_stops() -> None
 
 
 def space_of(**search: Any) -> SearchSpace:
-    return SearchSpace.from_recipe(
-        GEOMETRY, toy_recipe(preset="descent", iterations=0, **search).search
-    )
+    return SearchSpace.from_recipe(GEOMETRY, toy_recipe(preset="default", **search).search)
 
 
 def test_published_methods_and_constant_tails_are_what_it_starts_from() -> None:
@@ -133,7 +131,7 @@ def test_a_vectors_critical_dimension_is_where_it_reaches_the_ratio() -> None:
 
 def descending_recipe(**search: Any) -> Recipe:
     changes = {"descent_steps": STEPS, "skipped_needles": NUM_SAMPLES, **search}
-    return toy_recipe(preset="descent", iterations=0, **changes)
+    return toy_recipe(preset="default", **changes)
 
 
 def sets() -> dict[str, NeedleSet]:

@@ -18,6 +18,7 @@ from toy import (
     toy_nll,
     toy_recipe,
     toy_run,
+    without_racing,
 )
 
 from longrope2_ray.search.scores import SEARCH_SET, Unit, report_set
@@ -27,13 +28,10 @@ from longrope2_ray.storage.rundir import RunDir
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "off": {"racing": "off"},
-    "statistical": {"racing": "statistical", "racing_confidence": 0.5},
-    "niches": {"niche_size": 1},
-    "random": {"preset": "random", "top_k": 4},
-    "authors": {"preset": "authors", "top_k": 4},
-    "longrope": {"preset": "longrope", "top_k": 4},
-    "blend, temperature": {"crossover": "blend", "immigrants": 0.2, "attention_factor": "search"},
+    "off": {},
+    "authors": {"preset": "authors"},
+    "longrope": {"preset": "longrope"},
+    "authors, temperature": {"preset": "authors", "attention_factor": "search"},
     "many iterations": {"iterations": 6, "num_offspring": 3},
     "tables": {
         "report": {
@@ -52,7 +50,8 @@ def memory() -> RunDir:
 
 def finished(scorers: ToyScorers, kind: str = "exact", look_ahead: bool = True) -> RunDir:
     run_dir = memory()
-    toy_run(toy_recipe(look_ahead=look_ahead, **KINDS[kind]), run_dir, scorers).run()
+    with without_racing(kind == "off"):
+        toy_run(toy_recipe(look_ahead=look_ahead, **KINDS[kind]), run_dir, scorers).run()
     return run_dir
 
 
@@ -76,10 +75,10 @@ def test_looking_ahead_changes_no_byte_for_any_order_kill_and_number_of_scorers(
     run_dir, scored = memory(), list[tuple[str, str, int]]()
     for kill_after, look_ahead in [*lives, (None, True)]:
         scorers = ToyScorers(width, shuffle, kill_after=kill_after, batch=3, stragglers=stragglers)
+        recipe = toy_recipe(look_ahead=look_ahead, **KINDS[kind])
         try:
-            toy_run(
-                toy_recipe(look_ahead=look_ahead, **KINDS[kind]), RunDir(run_dir.url), scorers
-            ).run()
+            with without_racing(kind == "off"):
+                toy_run(recipe, RunDir(run_dir.url), scorers).run()
         except KilledError:
             assert kill_after is not None
         scored += scorers.scored
@@ -104,12 +103,13 @@ def test_penalties_change_no_byte_while_looking_ahead() -> None:
     def nll(unit: Unit) -> float | None:
         return None if hash(unit.factors.values[-1]) % 12 == unit.sample else toy_nll(unit)
 
-    for racing in ("exact", "off"):
+    for racing in (True, False):
         results = []
         for look_ahead in (False, True):
             run_dir = memory()
             scorers = ToyScorers(20, shuffle=1, nll=nll, stragglers=0.2)
-            toy_run(toy_recipe(look_ahead=look_ahead, racing=racing), run_dir, scorers).run()
+            with without_racing(not racing):
+                toy_run(toy_recipe(look_ahead=look_ahead), run_dir, scorers).run()
             results.append(result_bytes(run_dir))
         assert results[0] == results[1]
 

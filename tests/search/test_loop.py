@@ -24,6 +24,7 @@ from toy import (
     toy_nll,
     toy_recipe,
     toy_run,
+    without_racing,
 )
 
 from longrope2_ray.errors import StoppedError
@@ -53,9 +54,10 @@ def winner_bytes(run_dir: RunDir) -> bytes:
     return bytes((run_dir.path / "winner.json").read_bytes())
 
 
-def finished(scorers: ToyScorers, recipe: Recipe | None = None) -> RunDir:
+def finished(scorers: ToyScorers, recipe: Recipe | None = None, racing: bool = True) -> RunDir:
     run_dir = memory()
-    toy_run(recipe or toy_recipe(), run_dir, scorers).run()
+    with without_racing(not racing):
+        toy_run(recipe or toy_recipe(), run_dir, scorers).run()
     return run_dir
 
 
@@ -64,39 +66,29 @@ def undisturbed(**search: Any) -> bytes:
     return winner_bytes(finished(ToyScorers(), toy_recipe(**search)))
 
 
-@pytest.mark.parametrize("racing", ["exact", "off"])
+@pytest.mark.parametrize("racing", [True, False])
 @pytest.mark.parametrize("width", [1, 2, 5])
 @pytest.mark.parametrize("shuffle", [None, 1])
 def test_the_winner_is_the_same_bytes_for_any_number_of_scorers_and_order(
-    width: int, shuffle: int | None, racing: str
+    width: int, shuffle: int | None, racing: bool
 ) -> None:
-    run_dir = finished(ToyScorers(width, shuffle, batch=3), toy_recipe(racing=racing))
+    run_dir = finished(ToyScorers(width, shuffle, batch=3), racing=racing)
     assert winner_bytes(run_dir) == undisturbed()
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"niche_size": 1},
         {"attention_factor": "search"},
-        {"dimensions": "all"},
-        {"mutation": "local", "crossover": "blend", "shift_probability": 0.5},
+        {"critical_dims": (0, 0)},
         {"preset": "authors"},
-        {"preset": "longrope", "top_k": 4},
+        {"preset": "longrope"},
     ],
     ids=str,
 )
 def test_the_winner_is_the_same_bytes_in_every_kind_of_search(changes: dict[str, Any]) -> None:
     raced = winner_bytes(finished(ToyScorers(3, shuffle=4, batch=2), toy_recipe(**changes)))
-    assert raced == undisturbed(**changes, racing="off")
-
-
-@pytest.mark.parametrize("width", [2, 5])
-def test_a_statistical_search_ends_in_the_same_bytes_too(width: int) -> None:
-    changes = {"racing": "statistical", "racing_confidence": 0.5}
-    assert winner_bytes(
-        finished(ToyScorers(width, shuffle=width), toy_recipe(**changes))
-    ) == undisturbed(**changes)
+    assert raced == winner_bytes(finished(ToyScorers(), toy_recipe(**changes), racing=False))
 
 
 @settings(max_examples=8, deadline=None)
@@ -104,16 +96,17 @@ def test_a_statistical_search_ends_in_the_same_bytes_too(width: int) -> None:
     kills=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     width=st.sampled_from([1, 2, 5]),
     shuffle=st.integers(0, 99),
-    racing=st.sampled_from(["exact", "off"]),
+    racing=st.booleans(),
 )
 def test_kills_at_any_unit_change_no_byte_and_no_unit_is_scored_twice(
-    kills: list[int], width: int, shuffle: int, racing: str
+    kills: list[int], width: int, shuffle: int, racing: bool
 ) -> None:
-    run_dir, recipe, scored = memory(), toy_recipe(racing=racing), list[tuple[str, str]]()
+    run_dir, recipe, scored = memory(), toy_recipe(), list[tuple[str, str]]()
     for n in (*kills, None):
         scorers = ToyScorers(width, shuffle, kill_after=n, batch=3)
         try:
-            toy_run(recipe, RunDir(run_dir.url), scorers).run()
+            with without_racing(not racing):
+                toy_run(recipe, RunDir(run_dir.url), scorers).run()
         except KilledError:
             assert n is not None
         scored += scorers.scored
@@ -177,7 +170,7 @@ def test_every_unit_is_submitted_once_and_committed_before_the_next_kill() -> No
 def test_racing_saves_units_and_says_how_many() -> None:
     raced, whole = ToyScorers(), ToyScorers()
     run_dir = finished(raced)
-    finished(whole, toy_recipe(racing="off"))
+    finished(whole, racing=False)
     saved = len(whole.scored) - len(raced.scored)
     assert saved > 0
     status = read_status(run_dir)
@@ -216,7 +209,7 @@ def test_observers_see_every_generation_and_one_end() -> None:
 
 
 def test_the_winner_is_the_best_of_everything_that_was_asked() -> None:
-    run_dir = finished(ToyScorers(), toy_recipe(racing="off"))
+    run_dir = finished(ToyScorers(), racing=False)
     winner = read_winner(run_dir)
     assert winner is not None
     totals: dict[str, float] = {}
@@ -288,7 +281,7 @@ def test_a_candidate_with_a_score_that_is_not_finite_never_wins_and_the_run_goes
         best = unit.needle_set == SEARCH_SET and unit.factors.values[-1] > 6.5
         return None if best and unit.sample == 1 else toy_nll(unit)
 
-    whole = finished(ToyScorers(nll=nll), toy_recipe(racing="off"))
+    whole = finished(ToyScorers(nll=nll), racing=False)
     winner = read_winner(whole)
     assert winner is not None
     assert winner.factors.values[-1] <= 6.5
@@ -301,11 +294,10 @@ def test_a_candidate_with_a_score_that_is_not_finite_never_wins_and_the_run_goes
     assert winner_bytes(raced) == winner_bytes(whole)
 
 
-@pytest.mark.parametrize("racing", ["exact", "off"])
-def test_no_finite_score_at_all_is_a_runtime_error_with_a_hint(racing: str) -> None:
-    run = toy_run(toy_recipe(racing=racing), memory(), ToyScorers(2, nll=lambda unit: None))
+@pytest.mark.parametrize("racing", [True, False])
+def test_no_finite_score_at_all_is_a_runtime_error_with_a_hint(racing: bool) -> None:
     with pytest.raises(RuntimeError, match=r"no candidate has a finite score.*model.dtype"):
-        run.run()
+        finished(ToyScorers(2, nll=lambda unit: None), racing=racing)
 
 
 def test_a_baseline_with_a_score_that_is_not_finite_is_a_row_without_perplexity() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longrope2_ray.search.evolution import select
-from longrope2_ray.search.racing import Race, RaceRules, hardest_first
+from longrope2_ray.search.racing import Race, hardest_first
 
 Table = dict[str, list[float]]  # id -> NLL of each sample
 INF = math.inf
@@ -26,11 +26,8 @@ class Case:
 
     newcomers: Table
     incumbents: Table = field(default_factory=dict)
-    dims: Mapping[str, int] = field(default_factory=dict)
     top_k: int = 2
-    niche_size: int = 0
-    racing: str = "exact"
-    confidence: float = 2.0
+    racing: bool = True
 
     @property
     def num_samples(self) -> int:
@@ -40,21 +37,16 @@ class Case:
     def num_units(self) -> int:
         return len(self.newcomers) * self.num_samples
 
-    def dim(self, id: str) -> int:
-        return self.dims.get(id, 3)
-
     def race(self) -> Race:
-        rules = RaceRules(self.racing, self.top_k, self.niche_size, self.confidence)
         incumbents = {id: dict(enumerate(row)) for id, row in self.incumbents.items()}
-        dims = {id: self.dim(id) for id in (*self.newcomers, *self.incumbents)}
-        return Race(dims, list(self.newcomers), incumbents, self.num_samples, rules)
+        top_k = self.top_k if self.racing else None
+        return Race(list(self.newcomers), incumbents, self.num_samples, top_k)
 
     def survivors(self, totals: Mapping[str, float]) -> list[tuple[str, float]]:
         """Who is selected, and the exact bits of their totals, from newcomers' totals."""
         known = {id: math.fsum(row) for id, row in self.incumbents.items()} | dict(totals)
         finite = {id: total for id, total in known.items() if math.isfinite(total)}
-        kept = select(finite, {id: self.dim(id) for id in finite}, self.top_k, self.niche_size)
-        return [(id, finite[id]) for id in kept]
+        return [(id, finite[id]) for id in select(finite, self.top_k)]
 
     def full_evaluation(self) -> list[tuple[str, float]]:
         return self.survivors({id: math.fsum(row) for id, row in self.newcomers.items()})
@@ -116,14 +108,12 @@ INCUMBENTS: list[Table] = [{}, {"x": [0, 1], "y": [2, 1]}, {"A": [1, 2], "z": [1
 
 
 @pytest.mark.parametrize("incumbents", INCUMBENTS, ids=lambda table: "-".join(table) or "none")
-@pytest.mark.parametrize("niche_size", [0, 1])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_survivors_do_not_depend_on_the_order_of_completion_in_all_orders_of_three_by_two(
-    top_k: int, niche_size: int, incumbents: Table
+    top_k: int, incumbents: Table
 ) -> None:
-    dims = {"a": 3, "b": 4, "c": 4, "x": 3, "y": 3, "A": 4, "z": 3}
     for table in THREE_BY_TWO:
-        case = Case(table, incumbents, dims, top_k, niche_size)
+        case = Case(table, incumbents, top_k)
         expected = case.full_evaluation()
         for order in itertools.permutations(itertools.product(table, range(2))):
             race = case.race()
@@ -177,14 +167,12 @@ FOUR_BY_THREE: list[Table] = [
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("niche_size", [0, 1])
 @pytest.mark.parametrize("incumbents", [{}, {"x": [1, 2, 1], "y": [2, 1, 2]}], ids=["none", "two"])
 def test_survivors_do_not_depend_on_the_order_of_completion_in_all_interleavings_of_four_by_three(
-    width: int, niche_size: int, incumbents: Table
+    width: int, incumbents: Table
 ) -> None:
-    dims = {"a": 3, "b": 4, "c": 4, "d": 5, "x": 3, "y": 4}
     for table in FOUR_BY_THREE:
-        case = Case(table, incumbents, dims, 2, niche_size)
+        case = Case(table, incumbents)
         expected = case.full_evaluation()
 
         def same(
@@ -206,8 +194,8 @@ finite_nlls = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, 2.0]) | st.floats(0, 50)
 
 
 @st.composite
-def cases(draw: st.DrawFn, racing: str = "exact", max_niche: int = 2, min_samples: int = 1) -> Case:
-    num_samples = draw(st.integers(min_samples, 6))
+def cases(draw: st.DrawFn, racing: bool = True) -> Case:
+    num_samples = draw(st.integers(1, 6))
 
     def table(names: str, values: st.SearchStrategy[float], least: int) -> Table:
         count = draw(st.integers(least, len(names)))
@@ -216,9 +204,7 @@ def cases(draw: st.DrawFn, racing: str = "exact", max_niche: int = 2, min_sample
 
     newcomers = table("abcdefg", nlls, 1)
     incumbents = table("ABxyz", finite_nlls, 0)
-    dims = {id: draw(st.integers(3, 5)) for id in "abcdefgABxyz"}
-    top_k = draw(st.integers(1, 6))
-    return Case(newcomers, incumbents, dims, top_k, draw(st.integers(0, max_niche)), racing)
+    return Case(newcomers, incumbents, draw(st.integers(1, 6)), racing)
 
 
 @settings(max_examples=100, deadline=None)
@@ -259,7 +245,7 @@ def test_scores_known_before_change_no_survivor_and_are_not_asked_for_again(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    case=cases(max_niche=0),
+    case=cases(),
     rng=st.randoms(use_true_random=False),
     share=st.sampled_from([0.0, 0.0, 0.3]),
 )
@@ -278,7 +264,7 @@ def test_one_scorer_spends_nothing_on_who_is_above_the_final_kth_total(
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(racing="off"), width=st.integers(1, 8), rng=st.randoms(use_true_random=False))
+@given(case=cases(racing=False), width=st.integers(1, 8), rng=st.randoms(use_true_random=False))
 def test_without_racing_every_sample_of_every_finite_candidate_is_scored(
     case: Case, width: int, rng: random.Random
 ) -> None:
@@ -290,7 +276,7 @@ def test_without_racing_every_sample_of_every_finite_candidate_is_scored(
 
 
 @settings(max_examples=50, deadline=None)
-@given(case=cases(max_niche=0), width=st.integers(1, 9), rng=st.randoms(use_true_random=False))
+@given(case=cases(), width=st.integers(1, 9), rng=st.randoms(use_true_random=False))
 def test_every_unit_is_handed_out_or_saved(case: Case, width: int, rng: random.Random) -> None:
     race = case.race()
     assert race.num_units_left == case.num_units
@@ -299,57 +285,7 @@ def test_every_unit_is_handed_out_or_saved(case: Case, width: int, rng: random.R
     assert len(handed_out) + race.num_units_saved == case.num_units
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    case=cases(racing="statistical", max_niche=0, min_samples=4),
-    confidence=st.sampled_from([0.1, 0.5, 1.0, 2.0]),
-    ways=st.lists(
-        st.tuples(st.integers(1, 12), st.randoms(use_true_random=False)), min_size=2, max_size=3
-    ),
-    share=st.floats(0, 0.5),
-)
-def test_survivors_of_a_statistical_race_do_not_depend_on_the_order_of_completion(
-    case: Case, confidence: float, ways: list[tuple[int, random.Random]], share: float
-) -> None:
-    case = Case(
-        case.newcomers, case.incumbents, case.dims, case.top_k, 0, "statistical", confidence
-    )
-    units = [(id, sample) for id in case.newcomers for sample in range(case.num_samples)]
-    outcomes = []
-    for width, rng in ways:
-        race = case.race()
-        known = [unit for unit in units if rng.random() < share]
-        rng.shuffle(known)
-        preload(race, case, known)
-        drive(race, case, width, rng)
-        outcomes.append(case.survivors(race.totals))
-    assert all(outcome == outcomes[0] for outcome in outcomes)
-    incumbent_kth = sorted(math.fsum(row) for row in case.incumbents.values())[: case.top_k]
-    assert len(outcomes[0]) >= len(incumbent_kth)
-
-
 # --- facts about single races
-
-
-def test_a_statistical_race_stops_who_loses_steadily_before_the_bound_does() -> None:
-    better, worse = (
-        [1.0, 1.1, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0],
-        [1.5, 1.6, 1.4, 1.5, 1.5, 1.5, 1.5, 1.5],
-    )
-    units = {}
-    for racing in ("exact", "statistical"):
-        case = Case({"a": worse}, {"x": better, "y": better}, racing=racing)
-        race = case.race()
-        units[racing] = len(drive(race, case, 1, random.Random(0)))
-        assert "a" not in dict(case.survivors(race.totals))
-    assert units == {"exact": 6, "statistical": 3}
-
-
-def test_a_statistical_race_without_enough_incumbents_is_exact() -> None:
-    case = Case({"a": [9.0] * 6, "b": [1.0] * 6}, {"x": [0.1] * 6}, racing="statistical")
-    race = case.race()
-    drive(race, case, 1, random.Random(0))
-    assert case.survivors(race.totals) == case.full_evaluation()
 
 
 def test_who_ties_with_the_last_place_is_scored_to_the_end() -> None:
@@ -396,8 +332,8 @@ def test_a_second_telling_does_not_change_the_first() -> None:
     assert race.totals == {"a": 2.0}
 
 
-@pytest.mark.parametrize("racing", ["exact", "off"])
-def test_a_penalized_candidate_never_survives_and_counts_as_documented(racing: str) -> None:
+@pytest.mark.parametrize("racing", [True, False])
+def test_a_penalized_candidate_never_survives_and_counts_as_documented(racing: bool) -> None:
     """``totals``: the penalized ones as infinity, or not there at all; never a finite number."""
     case = Case({"a": [INF, 0.0], "b": [1.0, 1.0]}, racing=racing)
     race = case.race()
@@ -408,7 +344,7 @@ def test_a_penalized_candidate_never_survives_and_counts_as_documented(racing: s
 
 def test_without_racing_a_penalized_candidate_is_scored_to_the_end_and_totals_infinity() -> None:
     """A row of a table needs all its samples, also where one of them is not a number."""
-    case = Case({"a": [INF, 0.0]}, racing="off")
+    case = Case({"a": [INF, 0.0]}, racing=False)
     race = case.race()
     assert len(drive(race, case, 1, random.Random(0))) == 2
     assert race.totals == {"a": INF}
@@ -416,18 +352,18 @@ def test_without_racing_a_penalized_candidate_is_scored_to_the_end_and_totals_in
 
 
 def test_a_race_without_newcomers_is_over() -> None:
-    race = Race({"x": 3}, [], {"x": {0: 1.0}}, 1, RaceRules())
+    race = Race([], {"x": {0: 1.0}}, 1, 1)
     assert race.finished
     assert race.next_unit() is None
 
 
-@pytest.mark.parametrize("racing", ["exact", "off"])
-def test_every_unit_is_handed_out_once_while_none_comes_back(racing: str) -> None:
+@pytest.mark.parametrize("racing", [True, False])
+def test_every_unit_is_handed_out_once_while_none_comes_back(racing: bool) -> None:
     race = Case({id: [1.0] * 3 for id in "abc"}, racing=racing).race()
     units = [race.next_unit() for _ in range(9)]
     assert len(set(units)) == 9
     assert race.next_unit() is None
-    if racing == "off":
+    if not racing:
         assert [unit[0] for unit in units if unit] == [*"aaabbbccc"]
 
 
@@ -455,7 +391,7 @@ def test_estimates_know_nobody_who_cannot_survive() -> None:
     race.add("b", 0, INF)
     race.add("c", 1, 0.0)
     assert set(race.estimates()) == {"c"}
-    off = Case({"b": [INF, 1.0], "c": [0.0, 0.0]}, racing="off").race()
+    off = Case({"b": [INF, 1.0], "c": [0.0, 0.0]}, racing=False).race()
     off.add("b", 0, INF)
     off.add("c", 0, 0.0)
     assert off.estimates() == {"c": {0: 0.0, 1: 0.0}}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy import ledger_of
+from toy import ledger_of, without_racing
 
 from longrope2_ray.cli import main
 from longrope2_ray.errors import RunDirError
@@ -80,10 +80,14 @@ def test_a_scorer_that_fits_no_gpu_is_refused_where_their_kind_is_known() -> Non
     job.require_gpu_memory(huge, unknown)
 
 
-def debug_run(run_dir: Path, *overrides: str) -> bytes:
-    """The debug recipe on the real model; the bytes of its winner."""
-    job.search(load_recipe("debug", overrides), str(run_dir))
+def winner_of(recipe: str, run_dir: Path, *overrides: str) -> bytes:
+    """A recipe on the real model; the bytes of its winner."""
+    job.search(load_recipe(recipe, overrides), str(run_dir))
     return (run_dir / "winner.json").read_bytes()
+
+
+def debug_run(run_dir: Path, *overrides: str) -> bytes:
+    return winner_of("debug", run_dir, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,8 @@ def undisturbed(finished_debug_run: Path) -> bytes:
 def test_one_scorer_and_no_racing_give_the_same_bytes_as_two_with_racing(
     tmp_path: Path, undisturbed: bytes
 ) -> None:
-    alone = debug_run(tmp_path / "alone", "--scorer.num-scorers", "1", "--search.racing", "off")
+    with without_racing():
+        alone = debug_run(tmp_path / "alone", "--scorer.num-scorers", "1")
     assert alone == undisturbed
 
 
@@ -187,8 +192,9 @@ def test_kill_9_of_the_driver_costs_at_most_the_units_in_flight(
 
 
 DESCENT = (
-    "--search.preset", "descent", "--search.iterations", "0", "--search.descent-steps", "4",
-    "--search.skipped-needles", "2", "--report.methods", '["yarn", "longrope2"]',
+    "--search.descent-steps", "4", "--search.skipped-needles", "2", "--needles.num-samples", "3",
+    "--needles.depth", "start", "--report.num-samples", "4", "--report.attention-factors", "[]",
+    "--report.methods", '["yarn", "longrope2"]',
 )  # fmt: skip
 
 
@@ -198,10 +204,10 @@ def test_a_descent_killed_with_9_ends_in_the_same_bytes_on_another_number_of_sco
     tmp_path: Path,
 ) -> None:
     """Once among the steps, whose gradients stand in the ledger, once in the race after them."""
-    expected = debug_run(tmp_path / "whole", *DESCENT, "--scorer.num-scorers", "2")
+    expected = winner_of("demo", tmp_path / "whole", *DESCENT, "--scorer.num-scorers", "2")
     total = len(ledger_of(RunDir(str(tmp_path / "whole"))))
     place = tmp_path / "killed"
-    command = [sys.executable, "-m", "longrope2_ray", "search", "debug", "--run-dir", str(place)]
+    command = [sys.executable, "-m", "longrope2_ray", "search", "demo", "--run-dir", str(place)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     null = subprocess.DEVNULL
     for share in (0.5, 0.8):
@@ -217,7 +223,7 @@ def test_a_descent_killed_with_9_ends_in_the_same_bytes_on_another_number_of_sco
         driver.wait()
     assert any(score.gradient for score in ledger_of(RunDir(str(place))).values())
     assert not (place / "winner.json").exists()
-    assert debug_run(place, *DESCENT, "--scorer.num-scorers", "1") == expected
+    assert winner_of("demo", place, *DESCENT, "--scorer.num-scorers", "1") == expected
 
 
 def test_a_finished_run_is_only_read_and_its_report_finished(

@@ -439,7 +439,7 @@ def test_data_and_training_in_a_bucket_killed_with_9_give_what_a_local_run_gives
     tokenizer.save(str(folder / "tokenizer.json"))
     fsspec.filesystem("s3").put(str(folder), f"{bucket}/model", recursive=True)
     recipe = recipe_of(f"{bucket}/model", max_steps=6, checkpoint_steps=2).model_dump(
-        mode="json", exclude_none=True
+        mode="json", exclude_unset=True
     )
     recipe["data"] = {
         "sources": [{"name": "a", "path": [f"{bucket}/text/*.jsonl"]}],

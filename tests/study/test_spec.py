@@ -12,16 +12,16 @@ STUDY = """
 name = "small"
 recipe = "debug"
 seeds = [3, 5]
-settings.search.racing = "off"
+settings.search.iterations = 3
 settings.needles.seed = 7
 
 [[variants]]
-name = "default"
+name = "paper"
 
 [[variants]]
 name = "authors"
 settings.search.preset = "authors"
-settings.search.racing = "exact"
+settings.search.iterations = 4
 """
 
 
@@ -42,16 +42,16 @@ def write(tmp_path: Path):
 
 
 def test_every_variant_is_searched_with_every_seed(write) -> None:
-    study = load_study(write(), ["--search.iterations", "1"])
-    folders = ["default/seed-3", "authors/seed-3", "default/seed-5", "authors/seed-5"]
+    study = load_study(write(), ["--search.top-k", "1"])
+    folders = ["paper/seed-3", "authors/seed-3", "paper/seed-5", "authors/seed-5"]
     assert [trial.folder for trial in study.trials] == folders
     for trial in study.trials:
         recipe = trial.recipe
-        assert (recipe.search.seed, recipe.needles.seed, recipe.search.iterations) == (
+        assert (recipe.search.seed, recipe.needles.seed, recipe.search.top_k) == (
             trial.seed, 7, 1,
         )  # fmt: skip
         assert recipe.search.preset == trial.variant
-        assert recipe.search.racing == {"default": "off", "authors": "exact"}[trial.variant]
+        assert recipe.search.iterations == {"paper": 3, "authors": 4}[trial.variant]
 
 
 def test_a_recipe_beside_the_study_is_found(write, tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_a_recipe_beside_the_study_is_found(write, tmp_path: Path) -> None:
         (("[3, 5]", "[]"), r"seeds: .* at least 1"),
         (("[3, 5]", "[3, 3]"), r"seeds: expected different numbers, got \[3, 3\]"),
         (("[3, 5]", "[-1]"), r"seeds: .* greater than or equal to 0, got -1"),
-        (('name = "default"', 'nam = "default"'), r"variants\.nam: unknown study field"),
-        (('"default"', '"authors"'), r"variants: expected different names, got authors more than"),
-        (('"default"', '"a/b"'), r"variants\.name: .* pattern .* got 'a/b'"),
-        (('"default"', '"drivers"'), r"variants\.name: expected a folder of its own"),
-        (('"default"', '"study.md"'), r"variants\.name: expected a folder of its own"),
+        (('name = "paper"', 'nam = "paper"'), r"variants\.nam: unknown study field"),
+        (('"paper"', '"authors"'), r"variants: expected different names, got authors more than"),
+        (('"paper"', '"a/b"'), r"variants\.name: .* pattern .* got 'a/b'"),
+        (('"paper"', '"drivers"'), r"variants\.name: expected a folder of its own"),
+        (('"paper"', '"study.md"'), r"variants\.name: expected a folder of its own"),
         (('"small"', '"../small"'), r"name: .* pattern .* got '\.\./small'"),
         (("preset", "presett"), r"variant authors in .*\n  search\.presett: unknown recipe field; "
          r"did you mean search\.preset\?"),
@@ -103,10 +103,11 @@ def test_mistakes_on_the_command_line_are_refused(write) -> None:
 def test_a_training_needs_data(write, tmp_path: Path) -> None:
     (tmp_path / "plain.toml").write_text(
         'name = "plain"\nmodel.path = "bundled:reference"\nsearch.target_length = 1024\n'
+        'search.preset = "paper"\n'
     )
     plain = ('recipe = "debug"', 'recipe = "plain.toml"')
     with pytest.raises(RecipeError, match=r"variants\.train: expected a recipe with a \[data\]"):
-        load_study(write(*plain, 'name = "default"', 'name = "default"\ntrain = true'))
+        load_study(write(*plain, 'name = "paper"', 'name = "paper"\ntrain = true'))
 
 
 @pytest.mark.parametrize(

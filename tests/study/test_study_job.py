@@ -26,7 +26,7 @@ name = "default"
 
 [[variants]]
 name = "other"
-settings.search.mutation = "sort"
+settings.search.preset = "authors"
 """
 TINY = (
     "--search.iterations", "0", "--search.population-size", "4", "--search.critical-dims",

@@ -140,7 +140,7 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path, whol
     """
     folder, recipe = prepared_dir(tmp_path / "killed"), whole.recipe
     (tmp_path / "test.toml").write_text(
-        tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+        tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True))
     )
     command = [
         sys.executable,
