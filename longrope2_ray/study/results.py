@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from longrope2_ray.search.scores import NeedleSummary, is_report, scores_of
+from longrope2_ray.search.scores import NeedleSummary, is_report, report_set, scores_of
 from longrope2_ray.search.winner import ComparisonRow, Winner, read_winner
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.study.preparation import PreparedTrial
@@ -16,6 +16,7 @@ from longrope2_ray.study.table import (
     build_table,
     format_markdown,
 )
+from longrope2_ray.study.trained import read_trained
 from longrope2_ray.training.records import read_result, training_dir
 
 NOT_RUN = "not finished; run the same command again"
@@ -36,6 +37,7 @@ def read_outcome(job: PreparedTrial) -> Outcome | None:
         seed=trial.seed,
         equivalents=_equivalents(job, run_dir),
         loss=result.loss if result else None,
+        trained=read_trained(job) if result else {},
     )
 
 
@@ -54,9 +56,19 @@ def _at_start(needles: NeedleSummary | None) -> NeedleSummary | None:
 
 
 def outcome_of(
-    winner: Winner, *, variant: str, seed: int, equivalents: float, loss: float | None
+    winner: Winner,
+    *,
+    variant: str,
+    seed: int,
+    equivalents: float,
+    loss: float | None,
+    trained: Mapping[str, NeedleSummary],
 ) -> Outcome:
-    """Return the outcome of a trial, given the winner of its search."""
+    """Return the outcome of a trial, given the winner of its search.
+
+    Args:
+        trained: needle set -> the trained model's scores; empty without a training.
+    """
     head = winner.report[0]
     block = [
         row
@@ -65,6 +77,9 @@ def outcome_of(
     ]
     own = next((row.needles for row in block if row.method == "longrope2"), None)
     start = _at_start(own)
+    shortest = min(row.length for row in winner.report)
+    long = trained.get(report_set(head.length))
+    short = trained.get(report_set(shortest)) if shortest < head.length else None
     return Outcome(
         variant=variant,
         seed=seed,
@@ -76,6 +91,10 @@ def outcome_of(
         equivalents=equivalents,
         critical_dim=winner.candidate.critical_dim,
         loss=loss,
+        trained_ppl=long.ppl if long else None,
+        trained_accuracy=long.accuracy if long else None,
+        short_ppl=short.ppl if short else None,
+        short_accuracy=short.accuracy if short else None,
         length=head.length,
         attention_factor=head.compared_at,
         baselines=tuple(_baseline(row) for row in block if row.method != "longrope2"),

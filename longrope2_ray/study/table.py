@@ -52,6 +52,12 @@ class Outcome:
         equivalents: cost of the search's scores, in forward passes of the target length by FLOPs.
         critical_dim: critical dimension found; 0 if every dimension was searched.
         loss: loss of the training's last step; None without a training.
+        trained_ppl: the trained model's held-out perplexity at ``length``; None without a training,
+            and where it is not finite.
+        trained_accuracy: its accuracy there.
+        short_ppl: its perplexity at the shortest reported length, which its short window serves if
+            that is no longer than L0; None without a training or another length.
+        short_accuracy: its accuracy there.
         length: tokens of the report's first table.
         attention_factor: attention factor of the report's first table.
         baselines: the other rows of the report's first table.
@@ -67,6 +73,10 @@ class Outcome:
     equivalents: float
     critical_dim: int
     loss: float | None
+    trained_ppl: float | None
+    trained_accuracy: float | None
+    short_ppl: float | None
+    short_accuracy: float | None
     length: int
     attention_factor: float
     baselines: Sequence[Baseline]
@@ -119,6 +129,10 @@ METRICS = (
     Metric("start_accuracy", "at the start: right", min, _percent),
     Metric("equivalents", "full-length equivalents", max, _count),
     Metric("loss", "training loss", max, format_perplexity),
+    Metric("trained_ppl", "trained: perplexity", max, format_perplexity),
+    Metric("trained_accuracy", "trained: right", min, _percent),
+    Metric("short_ppl", "trained, shortest: perplexity", max, format_perplexity),
+    Metric("short_accuracy", "trained, shortest: right", min, _percent),
 )
 
 # Metric of the winners -> the baselines' field beside it.
@@ -274,6 +288,8 @@ def _value(name: str, outcome: Outcome) -> float | None:
         "search_ppl": True,
         "held_out_ppl": outcome.accuracy is not None,
         "start_ppl": outcome.start_accuracy is not None,
+        "trained_ppl": outcome.trained_accuracy is not None,
+        "short_ppl": outcome.short_accuracy is not None,
     }.get(name, False)
     return math.inf if value is None and measured else value
 
