@@ -20,7 +20,7 @@ def add_commands(commands: "Commands") -> None:
         details="Each trial is a whole search in its own run directory, on the Ray cluster at "
         "RAY_ADDRESS, else on this machine. A trial that fails ends no other. The same command "
         "resumes a study that was interrupted.",
-        example="jobs/studies/search_operators.toml\n"
+        example="jobs/studies/search_presets.toml\n"
         "my.toml --search.iterations 4 --run-dir s3://my-bucket/runs/my",
         resumable=True,
     )

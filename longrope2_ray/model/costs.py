@@ -43,6 +43,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ANSWER_TOKENS = 16
 
 
+# Tokens of a document whose logits exist at once, where more than the answer is scored.
+LOGITS_CHUNK_TOKENS = 512
+
+
 def layer_parameters(shape: ModelShape) -> int:
     """Weights of one decoder layer that a token passes.
 
@@ -103,17 +107,19 @@ def scorer_memory_bytes(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
 
     Activations are the residual stream with three copies of it (norm, attention output, sum),
     queries, keys and values before and after rotation, and one chunk of the MLP; logits are those
-    of the answer, in float32.
+    of the answer, or of a chunk of the document, in float32.
     """
     size = DTYPE_BYTES[recipe.model.dtype]
     length = max([recipe.search.target_length, *recipe.report.lengths])
     chunk = min(length, recipe.scorer.mlp_chunk_tokens)
     heads = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
+    whole = recipe.needles.objective == "document"
+    logits_tokens = min(LOGITS_CHUNK_TOKENS, length) if whole else ANSWER_TOKENS
     parts = {
         "weights": float(num_parameters(shape) * size),
         "activations": float(size * (4 * length * shape.hidden_size + 2 * length * heads)),
         "mlp chunk": float(size * 3 * chunk * shape.intermediate_size),
-        "logits": float(4 * ANSWER_TOKENS * shape.vocab_size),
+        "logits": float(4 * logits_tokens * shape.vocab_size),
     }
     return {
         **parts,

@@ -13,9 +13,9 @@ from longrope2_ray.recipe.identity import SEARCH
 from longrope2_ray.recipe.model import ModelSection
 from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.recipe.sections import (
-    NeedleSection,
     ReportSection,
     ScorerSection,
+    SearchNeedleSection,
     StorageSection,
 )
 from longrope2_ray.recipe.training import DataSection, TrainSection
@@ -33,7 +33,7 @@ class Recipe(BaseSettings):
     )
     model: ModelSection
     search: SearchSection
-    needles: NeedleSection = NeedleSection()
+    needles: SearchNeedleSection = SearchNeedleSection()
     report: ReportSection = ReportSection()
     scorer: ScorerSection = ScorerSection()
     storage: StorageSection = StorageSection()

@@ -37,7 +37,7 @@ Depth = Annotated[Literal["start", "stratified"] | float | list[float], WrapVali
 
 
 class NeedleSection(Section):
-    """The needle documents that the search scores candidates on."""
+    """The needle documents, of the search or held out."""
 
     text: Annotated[list[Location], SEARCH] = Field(
         ["bundled:search"], description="Files, directories, globs, or bundled:search."
@@ -61,6 +61,16 @@ class NeedleSection(Section):
                 f"{self.num_samples}; raise it, or name fewer depths"
             )
         return self
+
+
+class SearchNeedleSection(NeedleSection):
+    """The needle documents that the search scores candidates on."""
+
+    objective: Annotated[Literal["answer", "document"], SEARCH] = Field(
+        "answer",
+        description="Tokens whose perplexity is the score: those of the answer, or of the whole "
+        "document (Table 6's ablation). Held-out needles are always scored on the answer.",
+    )
 
 
 class ReportSection(NeedleSection):

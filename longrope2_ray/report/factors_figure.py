@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # These baselines are drawn whatever methods the tables compare.
 ALWAYS_DRAWN = {"unscaled", "pi", "ntk", "yarn"}
+# Factors of a baseline above so many ratios, which stand for infinity, are left out.
+HIGHEST_RATIOS = 20
 
 
 def draw_factors(run: RunData) -> "Figure":
@@ -68,6 +70,8 @@ def _draw_baselines(ax: "Axes", run: RunData) -> list[np.ndarray]:
     for method in (name for name in STYLES if name in wanted):
         dim = found if method in WITH_CRITICAL_DIM else None
         values = baseline(method, run.geometry, run.target_length, critical_dim=dim).values
+        highest = HIGHEST_RATIOS * run.target_length / run.geometry.original_length
+        values = values[values <= highest]
         label, color, line = STYLES[method]
         ax.plot(values, color=color, linestyle=line, linewidth=1.4, label=label)
         drawn.append(values)

@@ -29,6 +29,9 @@ STYLES = {
     "yarn": MethodStyle("YaRN", "#CC79A7", (0, (5, 1))),
     "ntk-aware": MethodStyle("NTK-aware", "#56B4E9", "-."),
     "llama3": MethodStyle("Llama 3", "#E69F00", (0, (3, 1, 1, 1))),
+    "abf": MethodStyle("ABF", "#56B4E9", (0, (1, 1))),
+    "cope": MethodStyle("CoPE", "#000000", "--"),
+    "cope-hard": MethodStyle("CoPE, hard", "#000000", (0, (1, 1))),
     "ntk-rcd": MethodStyle("NTK-rcd", "#009E73", (0, (1, 1))),
     "yarn-rcd": MethodStyle("YaRN-rcd", "#CC79A7", (0, (1, 1))),
 }

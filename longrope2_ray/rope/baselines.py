@@ -50,6 +50,64 @@ def ntk_rcd(geometry: RopeGeometry, target_length: int, critical_dim: int) -> np
     return ratio ** (np.arange(geometry.num_cosines) / max(critical_dim, 1))
 
 
+def abf(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """Adjusted base frequency (Xiong et al. 2023): RoPE with a larger base.
+
+    They go from 10,000 to 500,000 for 8 times the window and give no rule for other ratios.
+    [ours] ``base * ratio^(ln 50 / ln 8)`` passes through their numbers and leaves ratio 1 alone; it
+    is more than NTK-aware's ``base * ratio^(d / (d - 2))``.
+    """
+    growth = (target_length / geometry.original_length) ** (math.log(50) / math.log(8))
+    exponents = 2 * np.arange(geometry.num_cosines) / geometry.rotary_dim
+    values: np.ndarray = growth**exponents
+    return values
+
+
+# CoPE's number of clipped frequencies, of Llama-3-8B's 64.
+COPE_CLIPPED = 20
+# A frequency that is cut to zero turns less than this over the target length, in radians.
+CUT_ANGLE = 1e-3
+
+
+def _clipped(geometry: RopeGeometry, target_length: int, kept: np.ndarray) -> np.ndarray:
+    """Return factors that keep shares of the last frequencies; a share of 0 is a finite factor.
+
+    [ours] That factor is the least at which each of them turns less than ``CUT_ANGLE``: large
+    enough for cos and sin of any length below the target to be those of 0 in float32 to 1e-3, and
+    small enough for JSON, float32 and configs of transformers.
+    """
+    factors = np.ones(geometry.num_cosines)
+    if len(kept):
+        cut = geometry.angles[-len(kept)] * target_length / CUT_ANGLE
+        factors[-len(kept) :] = 1 / np.maximum(kept, 1 / cut)
+    return np.maximum.accumulate(factors)
+
+
+def _num_clipped(geometry: RopeGeometry) -> int:
+    """Return how many frequencies CoPE clips.
+
+    [ours] The paper clips those whose periods exceed the pre-training window, its code the last 20
+    of Llama-3-8B, 29 of whose 64 do. Here it is both: at most 20, and none that turned once in L0.
+    """
+    return min(COPE_CLIPPED, int(np.sum(geometry.periods_tokens > geometry.original_length)))
+
+
+def cope(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """CoPE (Li et al. 2026, arXiv 2602.05258): the last frequencies fade to zero.
+
+    The last ``n`` are multiplied by ``0.5 (1 + cos(pi j / (n - 1)))``, j = 0 ... n - 1, as in the
+    authors' ``modeling_cope.py``. The target length matters to the last of them alone.
+    """
+    count = _num_clipped(geometry)
+    kept = 0.5 * (1 + np.cos(math.pi * np.arange(count) / max(count - 1, 1)))
+    return _clipped(geometry, target_length, kept)
+
+
+def cope_hard(geometry: RopeGeometry, target_length: int) -> np.ndarray:
+    """CoPE's hard clipping, its ablation: the last frequencies are cut to zero."""
+    return _clipped(geometry, target_length, np.zeros(_num_clipped(geometry)))
+
+
 def _yarn_ramp(geometry: RopeGeometry, target_length: int, low: float, high: float) -> np.ndarray:
     ratio = target_length / geometry.original_length
     keep: np.ndarray = 1 - np.clip(
@@ -110,6 +168,9 @@ PLAIN: dict[str, Callable[[RopeGeometry, int], np.ndarray]] = {
     "ntk-aware": ntk_aware,
     "yarn": yarn,
     "llama3": llama3,
+    "abf": abf,
+    "cope": cope,
+    "cope-hard": cope_hard,
 }
 
 

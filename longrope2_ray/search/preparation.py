@@ -99,6 +99,8 @@ def prepare(recipe: Recipe) -> Prepared:
 
     samples = {SEARCH_SET: build("needles", recipe.needles, target)}
     samples |= _skipped_sets(recipe, tokenizer, books["needles"])
+    if recipe.needles.objective == "document":
+        samples = {name: [sample.scored_whole() for sample in samples[name]] for name in samples}
     for length in recipe.report.lengths or [target]:
         samples[report_set(length)] = build("report", recipe.report, length)
     prints = {"model": model_fingerprint(model), **_needle_fingerprints(samples)}

@@ -2,14 +2,17 @@
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from longrope2_ray.model.attention import input_device
+from longrope2_ray.model.costs import LOGITS_CHUNK_TOKENS
 from longrope2_ray.model.pinned_rope import PinnedRope
 from longrope2_ray.model.trimmed_forward import TrimmedForward
 from longrope2_ray.recipe.model import ModelShape
@@ -123,10 +126,37 @@ class NeedleScorer:
         positions = None
         if sample.position_ids is not None:
             positions = torch.tensor(sample.position_ids[: stop - 1], device=self._device)[None]
-        logits = self._logits(input_ids, stop - start, positions)
-        targets = torch.tensor(sample.input_ids[start:stop], device=logits.device)
-        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return nll, bool((logits.argmax(-1) == targets).all())
+        targets = torch.tensor(sample.input_ids[start:stop], device=self._device)
+        if stop - start <= LOGITS_CHUNK_TOKENS:
+            nll, right = _nll(self._logits(input_ids, stop - start, positions), targets)
+        else:
+            nll, right = self._nll_in_chunks(input_ids, targets, positions)
+        return nll, bool(right.all())
+
+    def _nll_in_chunks(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the NLL of many tokens, whose logits never exist all at once.
+
+        The decoder runs once; the family's own forward then makes logits of a chunk of its output,
+        with whatever scale or cap it puts on them, and makes them again on a way back.
+        """
+        decoder = self.model.get_decoder()
+        output = decoder(input_ids=input_ids, use_cache=False, **self._placed(input_ids, positions))
+        first = output.last_hidden_state.shape[1] - len(targets)
+
+        def chunk(start: int, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            kept = torch.arange(start, start + len(wanted), device=wanted.device)
+            with _returning(decoder, output):
+                whole = self.model(input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+            return _nll(whole.logits[0], wanted)
+
+        parts = []
+        for wanted in targets.split(LOGITS_CHUNK_TOKENS):
+            parts.append(checkpoint(chunk, first, wanted, use_reentrant=False))
+            first += len(wanted)
+        nlls, rights = zip(*parts, strict=True)
+        return torch.cat(nlls), torch.cat(rights)
 
     @property
     def _device(self) -> torch.device:
@@ -136,15 +166,21 @@ class NeedleScorer:
         self, input_ids: torch.Tensor, num_queries: int, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits at the last ``num_queries`` positions of (1, T) ids; (num_queries, vocabulary)."""
-        where = {}
-        if positions is not None:
-            where["position_ids"] = positions
-            if not self.trimmed:
-                # Without a mask transformers takes a jump for the start of another document.
-                where["attention_mask"] = torch.ones_like(input_ids)
+        where = self._placed(input_ids, positions)
         return self.model(
             input_ids=input_ids, use_cache=False, logits_to_keep=num_queries, **where
         ).logits[0]
+
+    def _placed(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return the arguments that put tokens at positions, if they have their own."""
+        if positions is None:
+            return {}
+        if self.trimmed:
+            return {"position_ids": positions}
+        # Without a mask transformers takes a jump for the start of another document.
+        return {"position_ids": positions, "attention_mask": torch.ones_like(input_ids)}
 
     def _trimming(self, num_queries: int, chunk_tokens: int) -> AbstractContextManager[None]:
         return self._forward.trimmed(num_queries, chunk_tokens) if self.trimmed else nullcontext()
@@ -175,3 +211,22 @@ class NeedleScorer:
         if not agrees:
             log.warning("%s is scored by its own forward: off by %.1e", family, difference)
         return agrees
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the NLL of each target in float32, and whether it is the likeliest token."""
+    nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return nll, logits.argmax(-1) == targets
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return what it is known to, for the calls of a ``with`` block."""
+    replaced = module.__dict__.get("forward")  # accelerate puts its own forward on the instance
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if replaced is not None:
+            module.forward = replaced

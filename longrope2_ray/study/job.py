@@ -21,7 +21,8 @@ from ray import tune
 from ray.exceptions import RayError
 
 from longrope2_ray.errors import FencedError, StoppedError
-from longrope2_ray.search.job import run_search
+from longrope2_ray.search.job import run_search, score_vectors
+from longrope2_ray.search.scores import NeedleSummary
 from longrope2_ray.search.status import Status
 from longrope2_ray.search.winner import read_winner
 from longrope2_ray.storage.rundir import RunDir
@@ -30,6 +31,8 @@ from longrope2_ray.study.progress import StudyObserver, StudyProgress
 from longrope2_ray.study.results import read_table, write_table
 from longrope2_ray.study.spec import Study, Trial
 from longrope2_ray.study.table import Failure, Table
+from longrope2_ray.study.trained import prepare_trained, window_factors, write_trained
+from longrope2_ray.training.records import Trained
 from longrope2_ray.workers.connection import ray_session
 
 # Ray Tune needs some resource to place a trial by, and every node has memory.
@@ -192,7 +195,9 @@ def _run_trial(
     if not job.has_winner():
         run_search(job.prepared, run_dir, [_report_generation])
     if job.trial.train:
-        _train(job)
+        needles = _score_trained(job, _train(job))
+        study_dir.require_ownership()
+        write_trained(job, needles)
 
 
 def _report_generation(status: Status, event: str) -> None:
@@ -206,7 +211,7 @@ def _report_generation(status: Status, event: str) -> None:
         )
 
 
-def _train(job: PreparedTrial) -> None:
+def _train(job: PreparedTrial) -> Trained:
     from longrope2_ray.data.job import build_data, finished
     from longrope2_ray.data.plan import prepare_data
     from longrope2_ray.training.job import train
@@ -214,7 +219,14 @@ def _train(job: PreparedTrial) -> None:
     plan = prepare_data(job.trial.recipe, job.url)
     if finished(plan) is None:
         build_data(plan)
-    train(job.trial.recipe, job.url)
+    return train(job.trial.recipe, job.url)
+
+
+def _score_trained(job: PreparedTrial, trained: Trained) -> dict[str, NeedleSummary]:
+    """Score the trained model on the report's needles, each length under the window it serves."""
+    prepared = prepare_trained(job, trained)
+    vectors = window_factors(trained.result, prepared.shape, job.report_lengths)
+    return score_vectors(prepared, vectors)
 
 
 def _failure(job: PreparedTrial, error: BaseException) -> Failure:

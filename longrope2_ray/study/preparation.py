@@ -5,9 +5,13 @@ from dataclasses import dataclass, replace
 
 from longrope2_ray.data.plan import prepare_data
 from longrope2_ray.search.preparation import Prepared, finished_winner, open_run, prepare
+from longrope2_ray.search.scores import report_set
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.study.spec import Study, Trial
 from longrope2_ray.training.records import read_result, training_dir
+
+# In the training's folder: the trained model's scores on the report's needles.
+TRAINED_FILE = "needles.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,20 @@ class PreparedTrial:
         if read_result(folder) is None:
             return False
         open_training(prepare_training(recipe, run_dir), folder)
-        return True
+        scored = folder.read_or_skip(TRAINED_FILE) or {}
+        return scored.get("fingerprints") == self.report_fingerprints
+
+    @property
+    def report_fingerprints(self) -> dict[str, str]:
+        """The fingerprints of the held-out needles."""
+        names = [report_set(length) for length in self.report_lengths]
+        return {name: self.prepared.fingerprints[f"needles {name}"] for name in names}
+
+    @property
+    def report_lengths(self) -> list[int]:
+        """The lengths of the held-out needles."""
+        recipe = self.trial.recipe
+        return list(recipe.report.lengths or [recipe.search.target_length])
 
 
 def prepare_study(study: Study, study_dir: RunDir) -> Sequence[PreparedTrial]:

@@ -33,9 +33,10 @@ STUDY_MARKDOWN = "study.md"
 
 
 def _no_seed(settings: dict[str, Any]) -> dict[str, Any]:
-    search = settings.get("search")
-    if isinstance(search, dict) and "seed" in search:
-        raise ValueError(f"expected no search.seed, which seeds sets, got {search['seed']!r}")
+    for name in ("search", "train"):
+        section = settings.get(name)
+        if isinstance(section, dict) and "seed" in section:
+            raise ValueError(f"expected no {name}.seed, which seeds sets, got {section['seed']!r}")
     return settings
 
 
@@ -56,7 +57,8 @@ class Variant(Section):
     Attributes:
         name: its name in the tables, and its folder in the study's directory.
         settings: nested tables of recipe fields, stronger than the study's.
-        train: whether training data and a training follow each search.
+        train: whether training data, a training and held-out needles of what was trained follow
+            each search.
     """
 
     name: Annotated[FolderName, AfterValidator(_free_name)]
@@ -70,7 +72,8 @@ class StudySpec(Section):
     Attributes:
         name: the study's name, and its directory below ``runs`` unless another is given.
         recipe: a shipped recipe's name, or a file, beside the study's own if it is there.
-        seeds: values of ``search.seed``; each variant is searched with each of them.
+        seeds: values of ``search.seed`` and ``train.seed``; each variant is searched with each of
+            them.
         settings: nested tables of recipe fields of every trial.
         variants: the variants, the one that the others are compared with first.
         max_concurrent_trials: trials at once. Above 1 ``scorer.num_scorers`` says how many scorers
@@ -106,7 +109,7 @@ class Trial:
 
     Attributes:
         variant: name of its variant.
-        seed: its ``search.seed``.
+        seed: its ``search.seed`` and ``train.seed``.
         recipe: the recipe with everything set.
         train: whether training data and a training follow the search.
     """
@@ -172,11 +175,12 @@ def _trial(
     recipe = load_recipe(
         beside if beside.is_file() else spec.recipe,
         overrides,
-        merge_tables(settings, {"search": {"seed": seed}}),
+        merge_tables(settings, {"search": {"seed": seed}, "train": {"seed": seed}}),
         f"the settings of variant {variant.name} in {path}",
     )
-    if recipe.search.seed != seed:
-        raise RecipeError("--search.seed: expected none, since the study's seeds set it")
+    for name, section in (("search", recipe.search), ("train", recipe.train)):
+        if section.seed != seed:
+            raise RecipeError(f"--{name}.seed: expected none, since the study's seeds set it")
     if variant.train and recipe.data is None:
         raise RecipeError(
             f"{path}:\n  variants.train: expected a recipe with a [data] section, which "

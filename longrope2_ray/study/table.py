@@ -27,11 +27,15 @@ class Baseline:
         method: name of the method.
         ppl: its held-out needle perplexity; None if it is not finite.
         accuracy: its held-out accuracy.
+        start_ppl: its perplexity of the needles at the start alone.
+        start_accuracy: its accuracy there; None where no needle or every one stands there.
     """
 
     method: str
     ppl: float | None
     accuracy: float
+    start_ppl: float | None = None
+    start_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,17 @@ class Outcome:
         held_out_ppl: the winner's on the held-out needles of the report's first table; None also
             where the report leaves the winner out, as ``accuracy`` is.
         accuracy: share of held-out answers that are exactly right.
-        units: units of the search that were scored for candidates.
+        start_ppl: the winner's held-out perplexity of the needles at the start alone.
+        start_accuracy: its accuracy there; None where no needle or every one stands there.
+        equivalents: cost of the search's scores, in forward passes of the target length by FLOPs.
         critical_dim: critical dimension found; 0 if every dimension was searched.
         loss: loss of the training's last step; None without a training.
+        trained_ppl: the trained model's held-out perplexity at ``length``; None without a training,
+            and where it is not finite.
+        trained_accuracy: its accuracy there.
+        short_ppl: its perplexity at the shortest reported length, which its short window serves if
+            that is no longer than L0; None without a training or another length.
+        short_accuracy: its accuracy there.
         length: tokens of the report's first table.
         attention_factor: attention factor of the report's first table.
         baselines: the other rows of the report's first table.
@@ -56,9 +68,15 @@ class Outcome:
     search_ppl: float | None
     held_out_ppl: float | None
     accuracy: float | None
-    units: int
+    start_ppl: float | None
+    start_accuracy: float | None
+    equivalents: float
     critical_dim: int
     loss: float | None
+    trained_ppl: float | None
+    trained_accuracy: float | None
+    short_ppl: float | None
+    short_accuracy: float | None
     length: int
     attention_factor: float
     baselines: Sequence[Baseline]
@@ -107,9 +125,23 @@ METRICS = (
     Metric("search_ppl", "search perplexity", max, format_perplexity),
     Metric("held_out_ppl", "held-out perplexity", max, format_perplexity),
     Metric("accuracy", "answers right", min, _percent),
-    Metric("units", "units scored", max, _count),
+    Metric("start_ppl", "at the start: perplexity", max, format_perplexity),
+    Metric("start_accuracy", "at the start: right", min, _percent),
+    Metric("equivalents", "full-length equivalents", max, _count),
     Metric("loss", "training loss", max, format_perplexity),
+    Metric("trained_ppl", "trained: perplexity", max, format_perplexity),
+    Metric("trained_accuracy", "trained: right", min, _percent),
+    Metric("short_ppl", "trained, shortest: perplexity", max, format_perplexity),
+    Metric("short_accuracy", "trained, shortest: right", min, _percent),
 )
+
+# Metric of the winners -> the baselines' field beside it.
+BASELINE_FIELDS = {
+    "held_out_ppl": "ppl",
+    "accuracy": "accuracy",
+    "start_ppl": "start_ppl",
+    "start_accuracy": "start_accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -252,8 +284,13 @@ def _values(metric: Metric, outcomes: Mapping[int, Outcome]) -> dict[int, float]
 def _value(name: str, outcome: Outcome) -> float | None:
     """Return one value; a perplexity that was measured and is not finite is infinite."""
     value: float | None = getattr(outcome, name)
-    reported = outcome.accuracy is not None
-    measured = name == "search_ppl" or (name == "held_out_ppl" and reported)
+    measured = {
+        "search_ppl": True,
+        "held_out_ppl": outcome.accuracy is not None,
+        "start_ppl": outcome.start_accuracy is not None,
+        "trained_ppl": outcome.trained_accuracy is not None,
+        "short_ppl": outcome.short_accuracy is not None,
+    }.get(name, False)
     return math.inf if value is None and measured else value
 
 
@@ -321,11 +358,17 @@ def _blocks(table: Table) -> Iterator[list[tuple[str, ...]]]:
     reference = table.reference
     if reference and reference.baselines:
         found = f"baseline ({reference.variant}, seed {reference.seed})"
+        shown = [its for its in METRICS if its.name in BASELINE_FIELDS]
+        if all(its.start_accuracy is None for its in reference.baselines):
+            shown = shown[:2]
         rows = [
-            (STYLES[its.method].label, format_perplexity(its.ppl), _percent(its.accuracy))
+            (
+                STYLES[its.method].label,
+                *(metric.text(getattr(its, BASELINE_FIELDS[metric.name])) for metric in shown),
+            )
             for its in reference.baselines
         ]
-        yield [(found, "held-out perplexity", "answers right"), *rows]
+        yield [(found, *(metric.heading for metric in shown)), *rows]
 
 
 def _cells(row: Row, metrics: Sequence[Metric]) -> tuple[str, ...]:

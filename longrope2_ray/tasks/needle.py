@@ -44,7 +44,8 @@ class NeedleSample:
 
     Attributes:
         input_ids: (T,) int64 tokens, T exactly the target length, the answer at their end.
-        answer_span: (start, stop) of the answer's tokens; ``stop == len(input_ids)``.
+        answer_span: (start, stop) of the tokens that are scored, the answer's unless the whole
+            document is; ``stop == len(input_ids)``.
         depth: where the needle stands in the document, 0 its start, 1 its end.
         key: the adjective-noun that the question asks for.
         value: its seven digits.
@@ -65,6 +66,10 @@ class NeedleSample:
     def id(self) -> str:
         """Sixteen hex digits that change with any token and with the answer's position."""
         return hashlib.sha256(self._content).hexdigest()[:16]
+
+    def scored_whole(self) -> "NeedleSample":
+        """Return the document with every token but the first scored (Table 6's ablation)."""
+        return replace(self, answer_span=(1, len(self.input_ids)))
 
     @property
     def _content(self) -> bytes:

@@ -78,7 +78,8 @@ def test_factors_from_geometry_alone(capsys):
 
 
 @pytest.mark.parametrize(
-    "method", ["pi", "ntk", "ntk-aware", "yarn", "llama3", "ntk-rcd", "yarn-rcd", "longrope2"]
+    "method",
+    ["pi", "ntk", "ntk-aware", "abf", "yarn", "llama3", "cope", "ntk-rcd", "yarn-rcd", "longrope2"],
 )
 def test_every_method_gives_a_vector_for_a_model(capsys, method):
     body = factors_json(

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from longrope2_ray.rope import baselines
 from longrope2_ray.rope.baselines import METHODS, WITH_CRITICAL_DIM, baseline
+from longrope2_ray.rope.factors import factors_from_json
 from longrope2_ray.rope.geometry import RopeGeometry
 
 # (geometry, target length): Llama-3, Phi-3, Llama-2, SmolLM2, a partial rotary one, a tiny one,
@@ -59,6 +61,64 @@ def test_the_vector_equals_that_of_transformers(
 ) -> None:
     factors = baseline(ours, geometry, target).values
     np.testing.assert_allclose(factors, transformers_factors(theirs, geometry, target), rtol=2e-6)
+
+
+@cases
+def test_abf_is_the_base_of_xiong_et_al_for_their_ratio(
+    geometry: RopeGeometry, target: int
+) -> None:
+    longer = RopeGeometry(
+        geometry.head_dim, geometry.rotary_dim, 50 * geometry.base, geometry.original_length
+    )
+    np.testing.assert_allclose(
+        baseline("abf", geometry, 8 * geometry.original_length).values,
+        geometry.angles / longer.angles,
+        rtol=1e-9,
+    )
+    np.testing.assert_allclose(baseline("abf", geometry, geometry.original_length).values, 1.0)
+    assert np.all(
+        baseline("abf", geometry, target).values[1:]
+        > baseline("ntk-aware", geometry, target).values[1:]
+    )
+
+
+def test_cope_fades_the_last_twenty_frequencies_of_llama3() -> None:
+    """By the formula of the authors' code, on float32 frequencies, as transformers reads them."""
+    import torch
+
+    geometry, target = GEOMETRIES[0]
+    inverse = 1 / (500_000.0 ** (torch.arange(0, 128, 2).float() / 128))
+    theirs = inverse.clone()
+    theirs[-20:] *= 0.5 * (1.0 + torch.cos(torch.linspace(0.0, torch.pi, 20)))
+    for method, last in (("cope", 1), ("cope-hard", 20)):
+        factors = torch.tensor(baseline(method, geometry, target).values, dtype=torch.float32)
+        ours = inverse / factors
+        torch.testing.assert_close(ours[:44], inverse[:44])
+        if method == "cope":
+            torch.testing.assert_close(ours[:-last], theirs[:-last], rtol=1e-5, atol=0)
+        # What is cut to zero stands still over the target length.
+        assert 0 < ours[-last:].max() * target <= 1.0001e-3
+
+
+@cases
+@pytest.mark.parametrize("method", ["cope", "cope-hard"])
+def test_cope_keeps_what_turned_once_in_the_window(
+    method: str, geometry: RopeGeometry, target: int
+) -> None:
+    vector = baseline(method, geometry, target)
+    turned = geometry.periods_tokens <= geometry.original_length
+    np.testing.assert_array_equal(vector.values[turned], 1.0)
+    changed = int(np.sum(vector.values > 1))
+    assert changed <= 20
+    never = int(np.sum(~turned))
+    # The first of the soft ones is multiplied by 1.
+    assert changed == max(min(never, 20) - (method == "cope"), 0)
+    angles = geometry.angles / np.float32(vector.values)
+    assert np.isfinite(angles).all()
+    assert np.all(angles > 0)
+    assert vector.values.max() < 1e7
+    again = factors_from_json(json.dumps(vector.values.tolist()), "here")
+    np.testing.assert_array_equal(again.values, vector.values)
 
 
 @cases

@@ -25,6 +25,7 @@ from longrope2_ray.model.pinned_rope import PinnedRope
 from longrope2_ray.model.spec import read_shape
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.rope.factors import RescaleFactors
+from longrope2_ray.search import scorer as scorer_module
 from longrope2_ray.search.scorer import NeedleScorer, plain_loss
 from longrope2_ray.tasks.needle import NeedleSample
 
@@ -74,6 +75,33 @@ def test_answers_of_any_length(answer_tokens: int) -> None:
     shape, sample = shape_of(model), random_sample(LENGTH, answer_tokens)
     score = NeedleScorer(model, shape).score(sample, ones(shape))
     assert score.nll_sum / answer_tokens == pytest.approx(plain_loss(model, sample), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_whole_document_is_scored_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config(family))
+    shape, sample = shape_of(model), random_sample(LENGTH).scored_whole()
+    scorer = NeedleScorer(model, shape)
+    factors = some_factors(shape, 1.17)
+    whole, gradient = scorer.score(sample, factors), scorer.gradient(sample, factors)
+    assert whole.num_tokens == LENGTH - 1
+    with PinnedRope(model, shape).pinned(factors):
+        plain = plain_loss(model, sample)
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: seen.append(logits.shape[1])
+    )
+    monkeypatch.setattr(scorer_module, "LOGITS_CHUNK_TOKENS", 50)
+    for trimmed in (True, False):
+        scorer.trimmed = trimmed
+        parts = scorer.score(sample, factors)
+        assert parts.nll_sum == pytest.approx(whole.nll_sum, rel=1e-5)
+        assert parts.nll_sum / parts.num_tokens == pytest.approx(plain, abs=1e-4)
+    assert seen == [50, 50, 19] * 2
+    scorer.trimmed = True
+    again = scorer.gradient(sample, factors)
+    assert again.gradient == pytest.approx(gradient.gradient, rel=1e-3, abs=1e-4)
+    assert "forward" not in model.get_decoder().__dict__
 
 
 def test_correct_means_that_greedy_decoding_gives_the_answer() -> None:

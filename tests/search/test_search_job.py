@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toy import ledger_of, without_racing
 
@@ -78,6 +79,22 @@ def test_a_scorer_that_fits_no_gpu_is_refused_where_their_kind_is_known() -> Non
     job.require_gpu_memory(replace(huge, recipe=spread), cluster)
     unknown = FakeCluster(h100, {"CPU": 8, "GPU": 8, "accelerator_type:B300": 1})
     job.require_gpu_memory(huge, unknown)
+
+
+def test_only_the_searchs_needles_can_be_scored_on_the_whole_document() -> None:
+    """Table 6's ablation; the two objectives are different searches."""
+    answer, document = (
+        preparation.prepare(load_recipe("debug", [f"--needles.objective={objective}"]))
+        for objective in ("answer", "document")
+    )
+    length = answer.recipe.search.target_length
+    assert {sample.answer_span for sample in document.samples["search"]} == {(1, length)}
+    assert document.needle_sets["search"].num_tokens[0] == length - 1
+    report = f"report@{length}"
+    assert answer.fingerprints["needles search"] != document.fingerprints["needles search"]
+    assert answer.fingerprints[f"needles {report}"] == document.fingerprints[f"needles {report}"]
+    same = zip(answer.samples["search"], document.samples["search"], strict=True)
+    assert all(np.array_equal(one.input_ids, other.input_ids) for one, other in same)
 
 
 def winner_of(recipe: str, run_dir: Path, *overrides: str) -> bytes:

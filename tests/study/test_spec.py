@@ -47,9 +47,9 @@ def test_every_variant_is_searched_with_every_seed(write) -> None:
     assert [trial.folder for trial in study.trials] == folders
     for trial in study.trials:
         recipe = trial.recipe
-        assert (recipe.search.seed, recipe.needles.seed, recipe.search.top_k) == (
-            trial.seed, 7, 1,
-        )  # fmt: skip
+        seeds = recipe.search.seed, recipe.train.seed, recipe.needles.seed
+        assert seeds == (trial.seed, trial.seed, 7)
+        assert recipe.search.top_k == 1
         assert recipe.search.preset == trial.variant
         assert recipe.search.iterations == {"paper": 3, "authors": 4}[trial.variant]
 
@@ -80,6 +80,7 @@ def test_a_recipe_beside_the_study_is_found(write, tmp_path: Path) -> None:
         (('preset = "authors"', 'preset = "none"'),
          r"variant authors in .*study\.toml:\n  search\.preset: expected .* got 'none'"),
         (("needles.seed", "search.seed"), r"settings: expected no search\.seed, which seeds sets"),
+        (("needles.seed", "train.seed"), r"settings: expected no train\.seed, which seeds sets"),
         (('recipe = "debug"', 'recipe = "bug"'), r"recipe: expected a TOML file or one of"),
         (('recipe = "debug"', 'recipe = "debug"\nmax_concurrent_trials = 2'),
          r"max_concurrent_trials: expected 1 or a number of scorers in settings\.scorer"),

@@ -1,18 +1,31 @@
 """A whole study on a real Ray: a trial that fails ends no other, and is all that is run again."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
 
 from longrope2_ray.cli import main
 from longrope2_ray.errors import FencedError, StoppedError
+from longrope2_ray.recipe.loading import load_recipe
+from longrope2_ray.rope.baselines import baseline
 from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.study import job
 from longrope2_ray.study.preparation import prepare_study
 from longrope2_ray.study.spec import load_study
 from longrope2_ray.study.table import Failure, Table, build_table
+from longrope2_ray.study.trained import window_factors
+from longrope2_ray.training.records import TrainingResult
+
+ROOT = Path(__file__).parents[2]
 
 STUDY = """
 name = "tiny"
@@ -94,6 +107,92 @@ def test_a_failed_trial_ends_no_other_and_is_resumed_alone(
     capsys.readouterr()
     assert main([*command, "--needles.seed", "5"]) == 2
     assert "needles.seed is 0 there and 5 now" in capsys.readouterr().err
+
+
+TRAINED = """
+name = "trained"
+recipe = "small.toml"
+seeds = [0]
+
+[settings]
+report.methods = ["yarn", "longrope2"]
+report.lengths = [1024, 256]
+scorer.look_ahead = false
+
+[[variants]]
+name = "plain"
+
+[[variants]]
+name = "mixed"
+train = true
+"""
+
+
+def small_recipe() -> str:
+    """The demo's recipe with a few steps of training on a few tokens."""
+    recipe = tomllib.loads((ROOT / "jobs" / "recipes" / "demo.toml").read_text())
+    recipe["report"]["attention_factors"] = [1.0]
+    recipe["data"]["sources"].pop()  # two sources for two bands
+    for band, source in zip(recipe["data"]["bands"], recipe["data"]["sources"], strict=True):
+        band.update(tokens=20_000, sources=[source["name"]])
+    recipe["train"].update(max_steps=4, checkpoint_steps=1, global_batch_size=2, num_workers=1)
+    return tomli_w.dumps(recipe)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("ray_on_this_machine", "ray_train_ends_soon")
+def test_a_study_killed_with_9_in_a_training_ends_in_the_same_table(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(small_recipe())
+    file = tmp_path / "trained.toml"
+    file.write_text(TRAINED)
+    place = tmp_path / "killed"
+
+    def command(folder: Path) -> list[str]:
+        return ["study", str(file), "--run-dir", str(folder), *TINY]
+
+    null = subprocess.DEVNULL
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "longrope2_ray", *command(place)],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        stdout=null,
+        stderr=null,
+    )
+    steps = place / "mixed" / "seed-0" / "train" / "steps"
+    began = time.monotonic()
+    while not list(steps.glob("*.json")):
+        assert driver.poll() is None, "the study ended before it could be killed"
+        assert time.monotonic() - began < 500, "no training came"
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not (place / "study.json").exists()
+    winner = place / "mixed" / "seed-0" / "winner.json"
+    finished = modified(place / "plain"), winner.stat().st_mtime_ns
+
+    assert main(command(place)) == 0
+    assert (modified(place / "plain"), winner.stat().st_mtime_ns) == finished
+    assert main(command(tmp_path / "whole")) == 0
+    table = (place / "study.json").read_bytes()
+    assert table == (tmp_path / "whole" / "study.json").read_bytes()
+    plain, mixed = json.loads(table)["rows"]
+    trained = {"loss", "trained_ppl", "trained_accuracy", "short_ppl", "short_accuracy"}
+    assert set(mixed["summaries"]) - set(plain["summaries"]) == trained
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_trained_model_serves_short_prompts_under_what_they_were_trained_with(
+    mixed: bool,
+) -> None:
+    shape = load_recipe("llama3_8b_128k").model.shape
+    assert shape is not None
+    factors = baseline("yarn", shape.geometry, 131_072)
+    result = TrainingResult(4, 1.0, {}, 9, factors, mixed)
+    served = window_factors(result, shape, [8192, 8193])
+    assert served["report@8193"] is factors
+    short = np.ones(shape.geometry.num_cosines) if mixed else factors.values
+    np.testing.assert_array_equal(served["report@8192"].values, short)
 
 
 def test_a_mistake_that_only_the_model_shows_is_found_before_anything_is_made(

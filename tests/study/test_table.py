@@ -25,9 +25,15 @@ OUTCOME = Outcome(
     search_ppl=1.0,
     held_out_ppl=2.0,
     accuracy=0.5,
-    units=100,
+    start_ppl=None,
+    start_accuracy=None,
+    equivalents=100.0,
     critical_dim=11,
     loss=None,
+    trained_ppl=None,
+    trained_accuracy=None,
+    short_ppl=None,
+    short_accuracy=None,
     length=1024,
     attention_factor=1.0,
     baselines=(Baseline("yarn", 1.5, 0.25), Baseline("unscaled", None, 0.0)),
@@ -96,7 +102,7 @@ def test_a_perplexity_that_is_not_finite_is_the_worst() -> None:
 
 def test_a_report_without_the_winner_leaves_its_columns_out() -> None:
     bare = replace(OUTCOME, held_out_ppl=None, accuracy=None)
-    assert set(table([bare]).rows[0].summaries) == {"search_ppl", "units"}
+    assert set(table([bare]).rows[0].summaries) == {"search_ppl", "equivalents"}
     not_finite = replace(OUTCOME, held_out_ppl=None)
     assert table([not_finite]).rows[0].summaries["held_out_ppl"].median is None
 
@@ -114,6 +120,17 @@ def test_the_text_has_variants_baselines_and_failures() -> None:
     assert "critical dim, each seed" in text
     assert "- b, seed 1: scorer: no room" in text
     assert len(found.to_json()["baselines"]) == 2
+
+
+def test_needles_at_the_start_have_columns_where_others_stand_elsewhere() -> None:
+    found = table([replace(OUTCOME, start_ppl=None, start_accuracy=0.25)])
+    assert found.rows[0].summaries["start_accuracy"].median == 0.25
+    # It was measured and is not finite.
+    assert found.rows[0].summaries["start_ppl"].median is None
+    assert "at the start" not in format_text(table([OUTCOME]))
+    baselines = (Baseline("yarn", 1.5, 0.25, 1.25, 0.5),)
+    text = format_markdown(table([replace(OUTCOME, baselines=baselines)]))
+    assert "| YaRN | 1.5 | 25% | 1.25 | 50% |" in text
 
 
 def test_a_study_without_any_outcome_has_a_table_too() -> None:

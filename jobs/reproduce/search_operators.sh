@@ -1,5 +1,0 @@
-#!/bin/sh
-# The study of jobs/studies/search_operators.toml, from anywhere; run it again to resume.
-set -eu
-cd "$(dirname "$0")/../.."
-exec longrope2 study jobs/studies/search_operators.toml "$@"
