@@ -24,7 +24,7 @@ def draw_cascade(run: RunData) -> "Figure":
     points = run.cascade.points
     if not points:
         return draw_message("no candidate has both scores yet")
-    figure, (ax,) = new_figure(5.2, 4.0)
+    figure, (ax,) = new_figure(7.2, 3.4)
     groups = (
         ("complete at full length", MEDIAN, "o", [p for p in points if p.complete]),
         ("eliminated at full length", ELIMINATED, "s", [p for p in points if not p.complete]),
@@ -45,7 +45,8 @@ def draw_cascade(run: RunData) -> "Figure":
     label_axes(ax, "cheap score (ratio to its best)", "full-length score (ratio to its best)")
     for axis in (ax.xaxis, ax.yaxis):
         _use_ratios(ax, axis.axis_name)
-    ax.legend(fontsize=8, frameon=False, loc="best")
+    ax.grid(axis="x", color="#E6E6E6", linewidth=0.6)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

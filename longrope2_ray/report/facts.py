@@ -31,6 +31,18 @@ LINE_HEADINGS = (
 )
 
 
+def progress_facts(run: RunData) -> Iterator[tuple[str, str]]:
+    """Yield where a run stands that is under way."""
+    if run.status is None or run.ended:
+        return
+    status, state = run.status, run.status.state
+    if state == "descending" and status.descent_steps:
+        state += f", step {status.descent_step} of {status.descent_steps}"
+    yield "state", state
+    yield "time left", format_seconds(status.eta_seconds)
+    yield "scorers", ", ".join(f"{count} {name}" for name, count in status.scorers.items())
+
+
 def result_facts(run: RunData) -> Iterator[tuple[str, str]]:
     """Yield name and value of what is known about the best candidate so far."""
     if run.best is None:
@@ -52,7 +64,6 @@ def result_facts(run: RunData) -> Iterator[tuple[str, str]]:
 
 def run_facts(run: RunData) -> Iterator[tuple[str, str]]:
     """Yield name and value of what was run on what, and what it took."""
-    yield from _progress_facts(run)
     yield "model", run.model or "unknown"
     for name, value in sorted(run.fingerprints.items()):
         yield f"fingerprint of {name}", value
@@ -73,18 +84,6 @@ def run_facts(run: RunData) -> Iterator[tuple[str, str]]:
     if run.busy_share is not None:
         seconds = sum(g.end - g.begin for g in run.generations)
         yield "searching", f"{seconds:.4g} s, scorers {run.busy_share:.0%} busy"
-
-
-def _progress_facts(run: RunData) -> Iterator[tuple[str, str]]:
-    """Yield where a run stands that is under way."""
-    if run.status is None or run.ended:
-        return
-    status, state = run.status, run.status.state
-    if state == "descending" and status.descent_steps:
-        state += f", step {status.descent_step} of {status.descent_steps}"
-    yield "state", state
-    yield "time left", format_seconds(status.eta_seconds)
-    yield "scorers", ", ".join(f"{count} {name}" for name, count in status.scorers.items())
 
 
 def _unit_facts(run: RunData) -> Iterator[tuple[str, str]]:
@@ -163,8 +162,7 @@ def origin_sentences(run: RunData) -> Iterator[str]:
     if run.cascade.points:
         yield (
             f"Skipped documents against full length: {correlation_words(run.cascade)}. Only "
-            f"candidates that the skipped documents let through have both scores, and published "
-            f"methods, which are raced in any case."
+            f"candidates that were raced at full length, too, are among them."
         )
 
 

@@ -96,7 +96,7 @@ def _draw_relatives(ax: "Axes", everyone: Sequence[Relative]) -> None:
 
 
 def draw_descent(run: RunData) -> "Figure":
-    """Draw the loss of a descent's steps, and the full-length race that followed it."""
+    """Draw the perplexity of a descent's steps, and the full-length race that followed it."""
     if not run.generations:
         figure, (ax,) = new_figure(7.2, 3.0)
         _draw_steps(ax, run)
@@ -172,6 +172,7 @@ def _draw_raced(ax: "Axes", run: RunData) -> None:
     ax.grid(axis="x", color="#E6E6E6", linewidth=0.6)
     ax.set_ylim(0.4, len(ranked) + 0.6)
     ax.margins(x=0.25)
+    ax.locator_params(axis="x", nbins=6)
     label_axes(ax, "needle perplexity (search needles)", "")
 
 

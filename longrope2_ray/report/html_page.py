@@ -12,6 +12,7 @@ from longrope2_ray.report.facts import (
     factor_rows,
     operators,
     origin_sentences,
+    progress_facts,
     result_facts,
     run_facts,
     training_rows,
@@ -78,7 +79,7 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
 <style>{STYLE}</style></head><body>
 <h1>{name}</h1>
 <p class="note">LongRoPE2 search, {escape(_state(run))}</p>
-<h2>{"Result" if run.winner else "Best so far"}</h2>
+{_facts(progress_facts(run))}<h2>{"Result" if run.winner else "Best so far"}</h2>
 {_facts(result_facts(run))}{_comparison(run)}
 <h2>Figures</h2>
 {shown}{_origins(run)}{_trainings(run, figures)}<h2>Run</h2>
@@ -171,9 +172,9 @@ def _table(
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Return an HTML table of names and values."""
+    """Return an HTML table of names and values; nothing without any."""
     body = "".join(_row(cells, "td") for cells in rows)
-    return f'<table class="facts"><tbody>\n{body}</tbody></table>\n'
+    return body and f'<table class="facts"><tbody>\n{body}</tbody></table>\n'
 
 
 def _row(cells: Sequence[str], tag: str, attribute: str = "") -> str:

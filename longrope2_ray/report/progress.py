@@ -76,7 +76,7 @@ class ProgressBar:
 
 
 def in_steps(status: Status) -> bool:
-    """Tell whether progress is counted in steps of the descent: no generation follows, or yet."""
+    """Tell whether progress is counted in a descent's steps: no generation follows, or none yet."""
     return bool(status.descent_steps) and (status.state == "descending" or not status.iterations)
 
 

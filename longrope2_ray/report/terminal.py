@@ -64,7 +64,7 @@ def _search_rows(snapshot: Snapshot) -> Iterator["Row"]:
     yield "state", _search_state(snapshot, status)
     yield _progress(status, at_work)
     if status.descent_ppls:
-        yield "loss by step", _sparkline(status.descent_ppls[-NUM_STEPS:])
+        yield "steps so far", _sparkline(status.descent_ppls[-NUM_STEPS:])
     if status.state != "descending":
         yield "perplexity", _perplexities(status)
     if len(snapshot.best_ppls) > 1:

@@ -215,7 +215,7 @@ def check_steps(run: RunData, label: str) -> None:
     assert lines[label].get_xydata().tolist() == [[0, pytest.approx(2.0)]]
 
 
-def test_a_descent_under_way_shows_its_loss(tmp_path: Path) -> None:
+def test_a_descent_under_way_shows_its_perplexity(tmp_path: Path) -> None:
     run_dir = open_run(tmp_path)
     descend(run_dir)
     run = load_run(run_dir)

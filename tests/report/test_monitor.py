@@ -152,7 +152,7 @@ def test_a_search_under_way_shows_where_it_stands(run_dir: RunDir) -> None:
     assert "no sign of life" not in text
 
 
-def test_a_descent_under_way_shows_its_step_its_loss_and_its_cost(run_dir: RunDir) -> None:
+def test_a_descent_under_way_shows_its_step_its_perplexity_and_its_cost(run_dir: RunDir) -> None:
     descending = Status(
         "toy",
         state="descending",
@@ -167,7 +167,7 @@ def test_a_descent_under_way_shows_its_step_its_loss_and_its_cost(run_dir: RunDi
     run_dir.write_json("status.json", dataclasses.asdict(descending))
     text = shown(run_dir)
     assert re.search(r"descent +━+ +step 7 of 16 +ETA 1:05", text)
-    assert re.search(r"loss by step +\S+ \S+ +1.5 to 1.25", text)
+    assert re.search(r"steps so far +\S+ \S+ +1.5 to 1.25", text)
     assert re.search(r"cost +spent 1,234.6 +left 78.9 +full-length equivalents", text)
     assert "generation" not in text, "it would be 0 of 0"
     run_dir.write_json(
