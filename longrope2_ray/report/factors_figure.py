@@ -17,22 +17,20 @@ from longrope2_ray.report.figure_style import (
     use_log_axis,
 )
 from longrope2_ray.report.rundata import RunData
-from longrope2_ray.rope.baselines import WITH_CRITICAL_DIM, baseline
+from longrope2_ray.rope.baselines import PLAIN, WITH_CRITICAL_DIM, baseline
 from longrope2_ray.rope.geometry import RopeGeometry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# These baselines are drawn whatever methods the tables compare.
-ALWAYS_DRAWN = {"unscaled", "pi", "ntk", "yarn"}
 # Factors of a baseline above so many ratios, which stand for infinity, are left out.
 HIGHEST_RATIOS = 20
 
 
 def draw_factors(run: RunData) -> "Figure":
     """Draw the factors of each dimension, found and baselines, with both critical dimensions."""
-    figure, (ax,) = new_figure(7.2, 3.4)
+    figure, (ax,) = new_figure(7.2, 4.2)
     drawn = [np.ones(1), *_draw_survivors(ax, run), *_draw_baselines(ax, run)]
     if run.geometry and run.target_length:
         _add_period_axis(ax, run.geometry)
@@ -59,11 +57,15 @@ def _draw_survivors(ax: "Axes", run: RunData) -> list[np.ndarray]:
 
 
 def _draw_baselines(ax: "Axes", run: RunData) -> list[np.ndarray]:
-    """Draw the baselines at the target length; return their factors."""
+    """Draw the baselines at the target length; return their factors.
+
+    Every published method is drawn whatever methods the tables compare; of those that take the
+    critical dimension from the search, the tables' ones.
+    """
     if not (run.geometry and run.target_length):
         return []
     found = run.best.candidate.critical_dim if run.best else None
-    wanted = ALWAYS_DRAWN.union(run.methods) - {"longrope2"}
+    wanted = {*PLAIN, *run.methods} - {"longrope2"}
     if not found:
         wanted -= set(WITH_CRITICAL_DIM)
     drawn = []

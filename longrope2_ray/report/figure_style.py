@@ -35,6 +35,8 @@ STYLES = {
     "ntk-rcd": MethodStyle("NTK-rcd", "#009E73", (0, (1, 1))),
     "yarn-rcd": MethodStyle("YaRN-rcd", "#CC79A7", (0, (1, 1))),
 }
+# Colors of what has no color of its own, such as operators; the found vector's is not among them.
+PALETTE = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#777777")
 FOUND = "#D55E00"
 MEDIAN = "#0072B2"
 SPREAD = "#9CC3DD"

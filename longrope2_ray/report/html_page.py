@@ -5,14 +5,20 @@ from html import escape
 
 from longrope2_ray.report.facts import (
     FACTOR_HEADINGS,
+    LINE_HEADINGS,
+    OPERATOR_HEADINGS,
     TRAINING_HEADINGS,
+    ancestor_rows,
     factor_rows,
+    operators,
+    origin_sentences,
+    progress_facts,
     result_facts,
     run_facts,
     training_rows,
 )
 from longrope2_ray.report.figure_style import name_of_result
-from longrope2_ray.report.figures import SEARCH_FIGURES, TRAINING_FIGURE, ReportFigure
+from longrope2_ray.report.figures import TRAINING_FIGURE, ReportFigure, figures_of
 from longrope2_ray.report.rundata import RunData
 from longrope2_ray.report.tables import (
     VERDICT,
@@ -25,9 +31,10 @@ from longrope2_ray.report.tables import (
 from longrope2_ray.report.verdict_sentences import verdict_lines
 from longrope2_ray.search.winner import Winner
 
-REFRESH_SECONDS = 20.0
-# Only the page of a run that is not finished has this.
+REFRESH_SECONDS = 10.0
+# Only the page of a run that is under way has this, and only that of a finished run the other.
 REFRESHES = '<meta http-equiv="refresh"'
+FINISHED = '<meta name="state" content="finished">'
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -59,21 +66,23 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
     """Return the page of a run at whatever stage it is.
 
     Args:
-        figures: data URL of each figure, by the name of its PNG.
+        figures: data URL of each figure that is drawn, by the name of its PNG.
     """
     name = escape(run.name or "run")
-    refresh = "" if run.winner else f'{REFRESHES} content="{REFRESH_SECONDS:g}">\n'
-    shown = "".join(_figure(figure, figures) for figure in SEARCH_FIGURES)
+    state = "" if run.ended else f'{REFRESHES} content="{REFRESH_SECONDS:g}">\n'
+    state += f"{FINISHED}\n" if run.winner else ""
+    of_search = (figure for figure in figures_of(run) if figure is not TRAINING_FIGURE)
+    shown = "".join(_figure(figure, figures) for figure in of_search)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-{refresh}<title>{name}: LongRoPE2 search</title>
+{state}<title>{name}: LongRoPE2 search</title>
 <style>{STYLE}</style></head><body>
 <h1>{name}</h1>
 <p class="note">LongRoPE2 search, {escape(_state(run))}</p>
-<h2>{"Result" if run.winner else "Best so far"}</h2>
+{_facts(progress_facts(run))}<h2>{"Result" if run.winner else "Best so far"}</h2>
 {_facts(result_facts(run))}{_comparison(run)}
 <h2>Figures</h2>
-{shown}{_trainings(run, figures)}<h2>Run</h2>
+{shown}{_origins(run)}{_trainings(run, figures)}<h2>Run</h2>
 {_facts(run_facts(run))}
 {_factors(run)}<details><summary>Recipe</summary><pre>{escape(run.recipe_toml)}</pre></details>
 </body></html>
@@ -83,7 +92,8 @@ def render_html(run: RunData, figures: Mapping[str, str]) -> str:
 def _state(run: RunData) -> str:
     if run.winner:
         return "finished"
-    return f"{run.status.state if run.status else 'starting'}; this page refreshes itself"
+    state = run.status.state if run.status else "starting"
+    return state if run.ended else f"{state}; this page refreshes itself"
 
 
 def _comparison(run: RunData) -> str:
@@ -115,6 +125,17 @@ def _block(block: Block) -> str:
     return _table(block.headings, block.rows, block.best, block.title)
 
 
+def _origins(run: RunData) -> str:
+    """Return where the best candidate came from: in words, by operator, its ancestors."""
+    sentences = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in origin_sentences(run))
+    made, line = operators(run), ancestor_rows(run)
+    table = _table(OPERATOR_HEADINGS, made) if made else ""
+    if line:
+        summary = "<summary>The line of ancestors of the best candidate</summary>"
+        table += f"<details>{summary}\n{_table(LINE_HEADINGS, line)}</details>\n"
+    return f"<h2>Where it came from</h2>\n{sentences}{table}" if sentences or table else ""
+
+
 def _trainings(run: RunData, figures: Mapping[str, str]) -> str:
     if not run.trainings:
         return ""
@@ -131,6 +152,9 @@ def _factors(run: RunData) -> str:
 
 
 def _figure(figure: ReportFigure, figures: Mapping[str, str]) -> str:
+    """Return a figure with its caption; nothing while it is not drawn yet."""
+    if figure.file not in figures:
+        return ""
     image = f'<img alt="{escape(figure.file)}" src="{figures[figure.file]}">'
     return f"<figure>{image}<figcaption>{escape(figure.caption)}</figcaption></figure>\n"
 
@@ -148,9 +172,9 @@ def _table(
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Return an HTML table of names and values."""
+    """Return an HTML table of names and values; nothing without any."""
     body = "".join(_row(cells, "td") for cells in rows)
-    return f'<table class="facts"><tbody>\n{body}</tbody></table>\n'
+    return body and f'<table class="facts"><tbody>\n{body}</tbody></table>\n'
 
 
 def _row(cells: Sequence[str], tag: str, attribute: str = "") -> str:

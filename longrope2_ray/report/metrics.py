@@ -14,7 +14,7 @@ from longrope2_ray.training.records import LoggedStep
 SEARCH_GAUGES = {
     "generation": "Last generation that was closed",
     "iterations": "Generations in all",
-    "best_ppl": "Best needle perplexity so far",
+    "best_ppl": "Best needle perplexity so far; while descending, of the last step's documents",
     "median_ppl": "Median needle perplexity of the survivors",
     "worst_ppl": "Worst needle perplexity of the survivors",
     "best_critical_dim": "Critical dimension of the best candidate",
@@ -22,6 +22,10 @@ SEARCH_GAUGES = {
     "units_eliminated": "Units never scored because racing eliminated their candidate",
     "units_left": "Units left in this generation at most",
     "units_ahead": "Units scored for candidates that no generation has asked for yet",
+    "equivalents": "Cost of the search so far, in passes of the target length by FLOPs",
+    "equivalents_left": "Cost of the search that is left, as expected, in the same passes",
+    "descent_step": "Steps of the descent that were taken",
+    "descent_steps": "Steps of the descent in all, 0 without one",
     "unit_seconds": "Median seconds of a unit",
     "eta_seconds": "Seconds to the end, estimated",
 }

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 def log_generation(status: Status, event: str) -> None:
     """Print one JSON line for each generation to stderr, unless that is a terminal with a bar."""
     if event != "units" and not sys.stderr.isatty():
-        values = {name: _rounded(value) for name, value in asdict(status).items()}
+        # The list of all steps so far would grow with every line.
+        values = {
+            name: _rounded(value)
+            for name, value in asdict(status).items()
+            if name != "descent_ppls"
+        }
         print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
 
 
@@ -49,7 +54,7 @@ def stop_bar(progress: "Progress") -> None:
 
 
 class ProgressBar:
-    """Observer of a search that shows generations, units, the best candidate and the ETA."""
+    """Observer of a search that shows generations or steps, units, the best one and the ETA."""
 
     def __init__(self) -> None:
         self._progress, self._task = progress_bar()
@@ -59,8 +64,8 @@ class ProgressBar:
         self._progress.update(
             self._task,
             description=f"{status.state}, {status.units_done} units",
-            completed=status.generation,
-            total=status.iterations,
+            completed=status.descent_step if in_steps(status) else status.generation,
+            total=status.descent_steps if in_steps(status) else status.iterations,
             best=format_best(status),
             eta=eta,
         )
@@ -70,10 +75,20 @@ class ProgressBar:
         stop_bar(self._progress)
 
 
+def in_steps(status: Status) -> bool:
+    """Tell whether progress is counted in a descent's steps: no generation follows, or none yet."""
+    return bool(status.descent_steps) and (status.state == "descending" or not status.iterations)
+
+
 def format_best(status: Status) -> str:
-    """Return the best perplexity and where it was found; nothing before the first generation."""
+    """Return the best perplexity and where it was found; nothing before the first generation.
+
+    While descending, return the perplexity of the last step.
+    """
     if not status.best_ppl:
         return ""
+    if status.state == "descending":
+        return f"perplexity {status.best_ppl:.4g} on its documents"
     return f"best {status.best_ppl:.4g} at d_rcd {status.best_critical_dim}"
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from longrope2_ray.report.genealogy import DescentStep, descent_steps
 from longrope2_ray.report.trainings import read_steps
 from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.cascade import Cascade, cascade
 from longrope2_ray.search.scores import SEARCH_SET, Score, perplexity, scores_of
 from longrope2_ray.search.space import Candidate
 from longrope2_ray.search.status import Status, read_status
@@ -30,7 +32,7 @@ class ClosedGeneration:
     """A closed generation, with what its newcomers cost according to the ledger.
 
     Attributes:
-        new_ppls: needle perplexity of each newcomer that was scored completely.
+        new_ppls: id -> needle perplexity of each newcomer that was scored completely.
         units_scored: units of its newcomers that were scored.
         units_eliminated: units never scored, because racing eliminated their candidate.
         begin: Unix time of its first unit.
@@ -40,7 +42,7 @@ class ClosedGeneration:
     """
 
     record: GenerationRecord
-    new_ppls: Sequence[float]
+    new_ppls: Mapping[str, float]
     units_scored: int
     units_eliminated: int
     begin: float
@@ -82,6 +84,8 @@ class RunData:
         recipe_toml: text of the recipe.
         rows: the ledger's rows on the search's needles.
         target_length: target window L in tokens, 0 if it is not known.
+        cascade: cheap against full-length scores.
+        descent: steps of the descent; none where there is no descent.
         trainings: logged steps of each training by its name.
     """
 
@@ -97,12 +101,21 @@ class RunData:
     rows: Sequence[Score]
     geometry: RopeGeometry | None
     target_length: int
+    cascade: Cascade
+    descent: Sequence[DescentStep]
     trainings: Mapping[str, Sequence[LoggedStep]] = field(default_factory=dict)
 
     @property
     def best(self) -> Survivor | None:
         """The best candidate so far, with its perplexity."""
         return self.generations[-1].survivors[0] if self.generations else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change here until a command is run again."""
+        # Without a search the page is written at a training's end.
+        ended = self.status.ended if self.status else bool(self.trainings)
+        return bool(self.winner) or ended
 
     @property
     def theoretical(self) -> int | None:
@@ -144,6 +157,8 @@ def load_run(run_dir: RunDir) -> RunData:
         rows=rows,
         geometry=_geometry(known) if known else winner.geometry if winner else None,
         target_length=facts.get("target_length") or (winner.target_length if winner else 0),
+        cascade=cascade(ledger),
+        descent=descent_steps(ledger),
         trainings=read_steps(run_dir),
     )
 
@@ -186,7 +201,7 @@ def _closed(
     generations: list[ClosedGeneration] = []
     following = math.inf
     for record in reversed(records):
-        own = [by_id[candidate.id] for candidate in record.candidates]
+        own = {candidate.id: by_id[candidate.id] for candidate in record.candidates}
         generation = _with_costs(record, own, ledger, num_samples, following)
         generations.append(generation)
         following = generation.begin
@@ -195,7 +210,7 @@ def _closed(
 
 def _with_costs(
     record: GenerationRecord,
-    own: Sequence[Sequence[Score]],
+    own: Mapping[str, Sequence[Score]],
     ledger: Sequence[Score],
     num_samples: int,
     following: float,
@@ -203,10 +218,10 @@ def _with_costs(
     """Return one generation with its costs.
 
     Args:
-        own: the scores of each newcomer.
+        own: id -> scores of each newcomer.
         following: Unix time at which the next generation began.
     """
-    scored = [row for scores in own for row in scores]
+    scored = [row for scores in own.values() for row in scores]
     # Units of a race that ended without them run on into the next generation: each second counts
     # for the generation that it falls into.
     begin = min((row.started for row in scored), default=0.0)
@@ -215,10 +230,10 @@ def _with_costs(
     ends = starts + np.array([row.seconds for row in ledger])
     busy = np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
     at_work = {row.scorer for row, part in zip(ledger, busy, strict=True) if part > 0}
-    ppls = [_perplexity(scores) for scores in own if len(scores) == num_samples]
+    ppls = {id: _perplexity(scores) for id, scores in own.items() if len(scores) == num_samples}
     return ClosedGeneration(
         record=record,
-        new_ppls=[ppl for ppl in ppls if ppl is not None],
+        new_ppls={id: ppl for id, ppl in ppls.items() if ppl is not None},
         units_scored=len(scored),
         units_eliminated=len(own) * num_samples - len(scored),
         begin=begin,

@@ -36,7 +36,7 @@ def draw_progress(run: RunData) -> "Figure":
     indices = [g.index for g in run.generations]
     quantiles = [np.quantile(_survivors_ppls(g), (0, 0.1, 0.5, 0.9)) for g in run.generations]
     best, low, median, high = np.array(quantiles).T
-    new = [(g.index, ppl) for g in run.generations for ppl in g.new_ppls]
+    new = [(g.index, ppl) for g in run.generations for ppl in g.new_ppls.values()]
     if new:
         label = "new, scored completely"
         ax.plot(*zip(*new, strict=True), ".", ms=6, mew=0, color=GRAY, alpha=0.5, label=label)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from longrope2_ray.report.progress import format_seconds
+from longrope2_ray.report.progress import format_seconds, in_steps
 from longrope2_ray.report.snapshot import Snapshot, TrainingSnapshot
 from longrope2_ray.report.trainings import eta_seconds
 from longrope2_ray.search.status import Status
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     Row = tuple[str, RenderableType]
 
+# So many of the last steps of a descent have a column.
+NUM_STEPS = 40
 BARS = "▁▂▃▄▅▆▇█"
 RESUME = "if it was stopped, run the same command again to resume"
 FAULTS = ("requeued", "deaths", "preemptions", "stalls", "disputed")
@@ -60,18 +62,18 @@ def _search_rows(snapshot: Snapshot) -> Iterator["Row"]:
     finished = status.state == "finished"
     at_work = not finished and not snapshot.lifeless
     yield "state", _search_state(snapshot, status)
-    line = _bar(1.0 if finished else status.generation / max(status.iterations, 1))
-    line.append(f"  {status.generation} of {status.iterations}")
-    if at_work:
-        line.append(f"   ETA {format_seconds(status.eta_seconds)}", style="bold")
-    yield "generation", line
-    yield "perplexity", _perplexities(status)
+    yield _progress(status, at_work)
+    if status.descent_ppls:
+        yield "steps so far", _sparkline(status.descent_ppls[-NUM_STEPS:])
+    if status.state != "descending":
+        yield "perplexity", _perplexities(status)
     if len(snapshot.best_ppls) > 1:
         yield "best so far", _sparkline(snapshot.best_ppls)
     counts = sorted((int(dim), count) for dim, count in status.critical_dims.items() if dim != "0")
     if counts:
         yield "survivors", _facts(*((f"d_rcd {dim}", str(count)) for dim, count in counts))
     yield "units", _units(status)
+    yield "cost", _cost(status)
     if at_work:
         yield "scorers", _scorers(status)
     faults = {**dict.fromkeys(FAULTS, 0), **status.faults}
@@ -79,6 +81,27 @@ def _search_rows(snapshot: Snapshot) -> Iterator["Row"]:
     if status.committed_at is not None and not finished:
         ago = format_seconds(max(time.time() - status.committed_at, 0.0))
         yield "last commit", Text(f"{ago} ago")
+
+
+def _progress(status: Status, at_work: bool) -> "Row":
+    """Return the bar of generations, or of the descent's steps."""
+    name, done, total = "generation", status.generation, status.iterations
+    if in_steps(status):
+        name, done, total = "descent", status.descent_step, status.descent_steps
+    line = _bar(1.0 if status.state == "finished" else done / max(total, 1))
+    line.append(f"  step {done} of {total}" if name == "descent" else f"  {done} of {total}")
+    if at_work:
+        line.append(f"   ETA {format_seconds(status.eta_seconds)}", style="bold")
+    return name, line
+
+
+def _cost(status: Status) -> "Text":
+    """Return what the search cost and will cost, in passes of the target length."""
+    left = status.equivalents_left
+    line = _facts(
+        ("spent", f"{status.equivalents:,.1f}"), ("left", "?" if left is None else f"{left:,.1f}")
+    )
+    return line.append("   full-length equivalents", style="dim")
 
 
 def _search_state(snapshot: Snapshot, status: Status) -> "Text":

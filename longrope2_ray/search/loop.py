@@ -12,7 +12,7 @@ from longrope2_ray.errors import FencedError, RunDirError, StoppedError
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.rope.geometry import RopeGeometry
-from longrope2_ray.search.comparison import Comparison, comparisons, num_report_units
+from longrope2_ray.search.comparison import Comparison, comparisons
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.lookahead import IdleWork
 from longrope2_ray.search.proposing import Proposer, num_raced
@@ -22,6 +22,7 @@ from longrope2_ray.search.scores import (
     SEARCH_SET,
     NeedleSet,
     Score,
+    descent_set,
     perplexity,
     scores_of,
 )
@@ -71,6 +72,7 @@ class SearchLoop:
         self._ledger = scores_of(run_dir).load()
         self._scheduler = Scheduler(scorers, self._ledger, needle_sets, self._committed)
         self._num_samples = len(needle_sets[SEARCH_SET])
+        self._open_set = SEARCH_SET
         self._idle_work = IdleWork(
             self._evolution,
             self._scheduler,
@@ -78,9 +80,7 @@ class SearchLoop:
             self._comparisons,
             enabled=recipe.scorer.look_ahead,
         )
-        self.status = Status(
-            recipe.name, iterations=recipe.search.iterations, units_done=len(self._ledger)
-        )
+        self.status = Status.of(recipe.name, recipe.search, len(self._ledger))
         self._board = StatusBoard(self.status, run_dir, observers, needle_sets)
         self._board.found(self._ledger.values())
 
@@ -128,9 +128,7 @@ class SearchLoop:
         self.status.state = "reporting"
         winner = self._winner()
         write_winner(self._run_dir, winner)
-        self.status.state = "finished"
-        self.status.eta_seconds = 0.0
-        self._board.show("end")
+        self._board.finished()
         return winner
 
     # --- the descent
@@ -139,6 +137,7 @@ class SearchLoop:
         self, race: Race, vectors: Mapping[str, RescaleFactors], needle_set: str
     ) -> dict[str, list[Score | None]]:
         """Run a race to its end; return the scores of each vector, by sample."""
+        self._open_set = needle_set
         self._board.asked((id, needle_set) for id in vectors)
         self._scheduler.run(race, vectors, needle_set, self._idle_work.units)
         self.status.units_eliminated += race.num_units_saved
@@ -227,22 +226,36 @@ class SearchLoop:
             self._board.show("units")
 
     def _refresh(self, race: Race) -> None:
-        inputs = self._recipe, self._geometry, self._space, self.status
-        later = _units_later(*inputs, self._evolution.generation.index)
-        tables = 0 if self.status.state == "reporting" else num_report_units(self._recipe)
-        counts, faults = self._scorers.counts(), self._scorers.faults()
-        self._board.refresh(race.num_units_left, later, tables, counts, faults)
+        raced = num_raced(self._geometry, self._space, self._recipe.search.target_length)
+        to_race = raced * self._num_samples - self._board.num_found(SEARCH_SET)
+        generation, open_race = self._evolution.generation, (self._open_set, race.num_units_left)
+        left = _units_left(self._recipe, self.status, generation.index, open_race, to_race)
+        rows = self._comparisons(next(iter(generation.survivors), None))
+        tables = {(row.vector_id, row.needle_set) for row in rows}
+        self._board.refresh(
+            open_race[1], left, tables, self._scorers.counts(), self._scorers.faults()
+        )
 
 
-def _units_later(
-    recipe: Recipe, geometry: RopeGeometry, space: SearchSpace, status: Status, generation: int
-) -> int:
-    """Return how many units the search needs at most after the open race, the tables' aside."""
-    search, num_samples = recipe.search, recipe.needles.num_samples
+def _units_left(
+    recipe: Recipe, status: Status, generation: int, open_race: tuple[str, int], to_race: int
+) -> dict[str, int]:
+    """Return needle set -> units that the search needs at most, the tables' aside.
+
+    Args:
+        generation: index of the open generation.
+        open_race: needle set and units left of the open race.
+        to_race: units at full length that a descent needs at most.
+    """
+    search, (open_set, units_open) = recipe.search, open_race
     if status.state == "descending":
-        steps = search.descent_steps - status.descent_step
-        raced = num_raced(geometry, space, search.target_length)
-        return steps * search.skipped_needles + raced * num_samples
+        steps = range(status.descent_step, search.descent_steps)
+        left = {descent_set(step): search.skipped_needles for step in steps}
+        left[SEARCH_SET] = max(to_race, 0)
+        if open_set != SEARCH_SET:
+            left[open_set] = units_open
+        return left
     if status.state == "searching":
-        return (search.iterations - generation) * search.num_offspring * num_samples
-    return 0
+        later = (search.iterations - generation) * search.num_offspring
+        return {SEARCH_SET: units_open + later * recipe.needles.num_samples}
+    return {}

@@ -4,16 +4,19 @@ import logging
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.search.scores import NeedleSet, Score, is_report
 from longrope2_ray.search.winner import GenerationRecord
 from longrope2_ray.storage.rundir import RunDir
 
 STATUS_FILE = "status.json"
 STATUS_SECONDS = 2.0
+# States that no driver leaves.
+ENDED = ("finished", "interrupted", "stopped")
 # The time of a unit is the median of so many.
 RECENT_UNITS = 200
 log = logging.getLogger("longrope2")
@@ -27,7 +30,8 @@ class Status:
         state: ``starting``, ``descending``, ``searching``, ``reporting``, ``finished``,
             ``interrupted``, ``stopped``.
         generation: index of the last closed generation.
-        best_ppl: needle perplexity of the best survivor; ``median_ppl`` and ``worst_ppl`` likewise.
+        best_ppl: needle perplexity of the best survivor, while descending of the last step on its
+            documents; ``median_ppl`` and ``worst_ppl`` of the survivors likewise.
         units_done: units scored, in this and former attempts.
         units_eliminated: units never scored because racing eliminated their candidate.
         units_left: units left in this generation at most.
@@ -38,7 +42,11 @@ class Status:
         units_ahead: units scored for candidates that no generation has asked for yet.
         committed_at: Unix time of the last commit to the ledger.
         descent_step: steps of the descent that were taken.
+        descent_steps: steps of the descent in all, 0 without one.
+        descent_ppls: needle perplexity of each step so far on its documents.
         equivalents: what the search's own units cost, in passes of the target length by FLOPs.
+        equivalents_left: what those cost that are left, as expected from racing so far; None
+            before the first estimate.
     """
 
     name: str
@@ -61,7 +69,25 @@ class Status:
     units_ahead: int = 0
     committed_at: float | None = None
     descent_step: int = 0
+    descent_steps: int = 0
+    descent_ppls: list[float | None] = field(default_factory=list)
     equivalents: float = 0.0
+    equivalents_left: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the driver has ended."""
+        return self.state in ENDED
+
+    @classmethod
+    def of(cls, name: str, search: SearchSection, units_done: int) -> "Status":
+        """Return the status of a search of which so many units are in the ledger."""
+        return cls(
+            name,
+            iterations=search.iterations,
+            units_done=units_done,
+            descent_steps=search.descent_steps,
+        )
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Status":
@@ -99,11 +125,8 @@ class StatusBoard:
         observers: Sequence[Observer],
         needle_sets: Mapping[str, NeedleSet],
     ):
-        self._costs = {
-            name: needle_set.equivalents
-            for name, needle_set in needle_sets.items()
-            if not is_report(name)
-        }
+        self._costs = {name: needle_set.equivalents for name, needle_set in needle_sets.items()}
+        self._sizes = {name: len(needle_set) for name, needle_set in needle_sets.items()}
         self.status = status
         self._run_dir = run_dir
         self._observers = observers
@@ -111,7 +134,9 @@ class StatusBoard:
         self._began = time.monotonic()
         self._shown = 0.0
         self._recent: deque[float] = deque(maxlen=RECENT_UNITS)
-        self._units_here = 0
+        # Cost of what was scored in this attempt, the tables' units included.
+        self._cost_here = 0.0
+        self._num_found: Counter[str] = Counter()
         self._asked: set[tuple[str, str]] = set()
         self._not_asked: Counter[tuple[str, str]] = Counter()
 
@@ -120,17 +145,23 @@ class StatusBoard:
         for score in scores:
             self.status.units_done += 1
             self._recent.append(score.seconds)
-            self._units_here += 1
+            self._cost_here += self._costs.get(score.needle_set, 0.0)
             self.status.committed_at = round(time.time(), 3)
         self.found(scores)
 
     def found(self, scores: Iterable[Score]) -> None:
         """Count those scores as ahead whose vectors nothing has asked for yet."""
         for score in scores:
-            self.status.equivalents += self._costs.get(score.needle_set, 0.0)
+            self._num_found[score.needle_set] += 1
+            if not is_report(score.needle_set):
+                self.status.equivalents += self._costs.get(score.needle_set, 0.0)
             vector = score.vector_id, score.needle_set
             if vector not in self._asked:
                 self._not_asked[vector] += 1
+
+    def num_found(self, needle_set: str) -> int:
+        """Return how many units of a needle set are in the ledger."""
+        return self._num_found[needle_set]
 
     def asked(self, vectors: Iterable[tuple[str, str]]) -> None:
         """Note that these (vector id, needle set) are needed: their units are no longer ahead."""
@@ -141,6 +172,7 @@ class StatusBoard:
     def stepped(self, step: int, critical_dim: int, ppl: float | None) -> None:
         """Note and show a step of the descent: where the vector stands, and on its documents."""
         self.status.descent_step = step
+        self.status.descent_ppls.append(ppl)
         self.status.best_critical_dim = critical_dim
         self.status.best_ppl = ppl
         self.show("generation")
@@ -159,11 +191,17 @@ class StatusBoard:
         status.units_eliminated += num_units_saved
         self.show("generation")
 
+    def finished(self) -> None:
+        """Note and show that the search is finished."""
+        self.status.state = "finished"
+        self.status.eta_seconds = self.status.equivalents_left = 0.0
+        self.show("end")
+
     def refresh(
         self,
         units_left: int,
-        units_later: int,
-        units_of_tables: int,
+        left: Mapping[str, int],
+        of_tables: Collection[tuple[str, str]],
         scorers: Mapping[str, int],
         faults: Mapping[str, int],
     ) -> None:
@@ -171,8 +209,8 @@ class StatusBoard:
 
         Args:
             units_left: units that the open race needs at most.
-            units_later: units that later generations need at most.
-            units_of_tables: units that the tables need after the last generation.
+            left: needle set -> units of the search itself that are left at most.
+            of_tables: (vector id, needle set) of the tables.
             scorers: number of scorers by state.
             faults: number of faults by kind.
         """
@@ -183,10 +221,19 @@ class StatusBoard:
         status.elapsed_seconds = time.monotonic() - self._began
         status.scorers = dict(scorers)
         status.faults = dict(faults)
+        status.equivalents_left = self._cost(left) * self._share_scored()
         status.eta_seconds = None
-        if self._units_here:
-            expected = (units_left + units_later) * self._share_scored() + units_of_tables
-            status.eta_seconds = expected * status.elapsed_seconds / self._units_here
+        if self._cost_here:
+            # Units differ in cost, so time goes by cost.
+            wanted = Counter(name for _, name in of_tables)
+            tables = {
+                name: n * self._sizes[name] - self._num_found[name] for name, n in wanted.items()
+            }
+            expected = status.equivalents_left + self._cost(tables)
+            status.eta_seconds = expected * status.elapsed_seconds / self._cost_here
+
+    def _cost(self, units: Mapping[str, int]) -> float:
+        return sum(self._costs[name] * max(count, 0) for name, count in units.items())
 
     def _share_scored(self) -> float:
         """Return the share of the units so far that had to be scored in spite of racing."""

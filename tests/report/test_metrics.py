@@ -36,6 +36,10 @@ STATUS = Status(
     scorers={"busy": 2, "idle": 1},
     faults={"requeued": 4},
     committed_at=1.7e9,
+    equivalents=123.5,
+    equivalents_left=0.0,
+    descent_step=7,
+    descent_steps=16,
 )
 
 
@@ -87,6 +91,10 @@ def test_the_drivers_metrics_come_out_of_rays_endpoint():
         "units_eliminated": 20,
         "units_ahead": 5,
         "last_commit_timestamp_seconds": 1.7e9,
+        "equivalents": 123.5,
+        "equivalents_left": 0,
+        "descent_step": 7,
+        "descent_steps": 16,
     }
     assert {name: value_of(name, text) for name in gauges} == gauges
     assert value_of("scorers", text, 'state="busy"') == 2
@@ -148,6 +156,24 @@ def test_the_progress_bar_follows_a_status_and_is_silent_without_a_terminal(caps
     bar(STATUS, "units")
     bar.stop()
     assert capsys.readouterr().err == ""
+
+
+def test_the_progress_bar_counts_the_steps_of_a_descent():
+    descending = dataclasses.replace(
+        STATUS, state="descending", generation=0, iterations=0, descent_step=7, descent_steps=16
+    )
+    bar = ProgressBar()
+    bar(descending, "generation")
+    (task,) = bar._progress.tasks
+    assert (task.completed, task.total) == (7, 16)
+    assert task.fields["best"] == "perplexity 1.25 on its documents"
+    assert task.fields["eta"] == "ETA 1:30"
+    bar(dataclasses.replace(descending, state="searching", descent_step=16), "units")
+    assert (task.completed, task.total) == (16, 16)
+    assert task.fields["best"] == "best 1.25 at d_rcd 12"
+    bar(STATUS, "units")
+    assert (task.completed, task.total) == (3, 8)
+    bar.stop()
 
 
 def test_seconds_are_printed_as_a_clock():

@@ -152,6 +152,38 @@ def test_a_search_under_way_shows_where_it_stands(run_dir: RunDir) -> None:
     assert "no sign of life" not in text
 
 
+def test_a_descent_under_way_shows_its_step_its_perplexity_and_its_cost(run_dir: RunDir) -> None:
+    descending = Status(
+        "toy",
+        state="descending",
+        descent_step=7,
+        descent_steps=16,
+        descent_ppls=[1.5, 1.4, None, 1.25],
+        best_ppl=1.25,
+        eta_seconds=65.0,
+        equivalents=1234.56,
+        equivalents_left=78.9,
+    )
+    run_dir.write_json("status.json", dataclasses.asdict(descending))
+    text = shown(run_dir)
+    assert re.search(r"descent +━+ +step 7 of 16 +ETA 1:05", text)
+    assert re.search(r"steps so far +\S+ \S+ +1.5 to 1.25", text)
+    assert re.search(r"cost +spent 1,234.6 +left 78.9 +full-length equivalents", text)
+    assert "generation" not in text, "it would be 0 of 0"
+    run_dir.write_json(
+        "status.json",
+        dataclasses.asdict(dataclasses.replace(descending, state="finished", descent_step=16)),
+    )
+    text = shown(run_dir)
+    assert "step 16 of 16" in text
+    assert "best 1.25" in text
+
+
+def test_generations_after_a_descent_have_a_bar_of_their_own(run_dir: RunDir) -> None:
+    write_status(run_dir, state="searching", generation=1, descent_step=16, descent_steps=16)
+    assert re.search(r"generation +━+ +1 of 3", shown(run_dir))
+
+
 def test_a_driver_that_died_is_recognized(tmp_path: Path) -> None:
     run_dir = open_run(tmp_path / "run")
     write_status(run_dir, state="searching", eta_seconds=50.0)

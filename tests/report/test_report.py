@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import threading
+import types
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,7 @@ from toy_training import begin_training, write_step
 from longrope2_ray.recipe.identity import identity
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.report.depth_figure import draw_depths
-from longrope2_ray.report.page import ReportWriter, write_report
+from longrope2_ray.report.page import Report, ReportWriter, is_final, write_report
 from longrope2_ray.report.rundata import load_run
 from longrope2_ray.report.tables import format_table
 from longrope2_ray.report.verdict_sentences import format_interval, verdict_lines
@@ -38,7 +39,8 @@ from longrope2_ray.storage.rundir import RunDir
 from longrope2_ray.workers.done import Done
 
 GEOMETRY = RopeGeometry(head_dim=64, rotary_dim=64, base=10000.0, original_length=256)
-NAMES = {"factors.png", "depth.png", "progress.png", "dimensions.png", "units.png", "report.html"}
+NAMES = {"factors.png", "depth.png", "genealogy.png", "progress.png", "dimensions.png", "units.png"}
+NAMES |= {"report.html"}
 TARGET, NUM_SAMPLES, NUM_TOKENS = 2048, 5, 7
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.0)
 FINGERPRINTS = {"model": "0123abcd"}
@@ -346,28 +348,109 @@ def test_pause_between_attempts_is_not_idle_time(tmp_path):
     assert load_run(run_dir).busy_share == pytest.approx(1.0)
 
 
+class RecordedWrites:
+    """What a writer was asked for: (name of the thread, whether to draw), held up on demand."""
+
+    def __init__(self, hold: bool = False):
+        self.seen: list[tuple[str, bool]] = []
+        self.go = threading.Event()
+        self._hold = hold
+
+    def __call__(self, draw: bool) -> None:
+        self.seen.append((threading.current_thread().name, draw))
+        if self._hold:
+            self.go.wait(5)
+
+
 def test_writer_refreshes_beside_the_search_and_finishes(tmp_path):
-    seen, first = [], threading.Event()
-
-    def write(run_dir):
-        seen.append(threading.current_thread().name)
-        first.wait(5)
-
-    writer = ReportWriter(RunDir(str(tmp_path)), write)
+    written = RecordedWrites(hold=True)
+    writer = ReportWriter(RunDir(str(tmp_path)), written)
     status = Status("toy")
-    writer(status, "units")
-    assert not seen
     writer(status, "generation")
     writer(status, "generation")  # the first one still runs
-    first.set()
+    written.go.set()
     writer.finish()
-    assert seen == ["report", threading.current_thread().name]
-    writer(status, "generation")  # too soon
-    assert len(seen) == 2
+    assert written.seen == [("report", True), (threading.current_thread().name, True)]
+
+
+def test_the_text_is_written_after_every_generation_and_figures_when_there_is_time(tmp_path):
+    written = RecordedWrites()
+    writer = ReportWriter(RunDir(str(tmp_path)), written)
+    status = Status("toy")
+    writer(status, "generation")
+    writer._join(5)
+    writer._figures_due += 1000  # drawing took long
+    for event in ("generation", "units", "generation"):
+        writer._text_due = 0.0
+        writer(status, event)
+        writer._join(5)
+    assert [draw for _, draw in written.seen] == [True, False, False]
+    writer._figures_due = writer._text_due = 0.0
+    writer(status, "units")
+    writer._join(5)
+    assert written.seen[-1] == ("report", True), "what could not be drawn then is drawn now"
+    writer._text_due = writer._wanted = 0.0
+    writer(status, "units")
+    writer._join(5)
+    assert written.seen[-1] == ("report", False), "a generation of hours is followed too"
+
+
+def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    clock = [1000.0]
+    fake = types.SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("longrope2_ray.report.page.time", fake)
+
+    def write(draw):
+        clock[0] += 4.0 if draw else 0.04
+
+    writer = ReportWriter(RunDir(str(tmp_path)), write)
+    began, spent = clock[0], 0.0
+    for _ in range(4000):
+        before = clock[0]
+        writer(Status("toy"), "generation")
+        writer._join(5)
+        spent += clock[0] - before
+        clock[0] += 0.1
+    assert spent / (clock[0] - began) < 0.08
+
+
+@pytest.mark.parametrize("state", ["interrupted", "stopped"])
+def test_the_page_of_a_search_that_ended_early_does_not_refresh(tmp_path, state):
+    run_dir = open_run(tmp_path)
+    writer = ReportWriter(run_dir)
+    run_dir.write_json("status.json", dataclasses.asdict(Status("toy", "searching")))
+    writer(Status("toy", "searching"), "units")
+    writer._join(30)
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta http-equiv="refresh" content="10">' in page
+    assert "searching; this page refreshes itself" in page
+    run_dir.write_json("status.json", dataclasses.asdict(Status("toy", state)))
+    writer(Status("toy", state), "end")
+    page = (tmp_path / "report.html").read_text()
+    assert "http-equiv" not in page
+    assert f"LongRoPE2 search, {state}" in page
+    assert not is_final(run_dir), "a resumed search writes it again"
+
+
+def test_the_page_says_where_a_descent_stands_before_any_figure(tmp_path):
+    run_dir = open_run(tmp_path)
+    status = Status("toy", "descending", descent_step=7, descent_steps=16, eta_seconds=65.0)
+    status.equivalents, status.equivalents_left, status.scorers = 12.5, 30.2, {"busy": 2}
+    run_dir.write_json("status.json", dataclasses.asdict(status))
+    Report(run_dir).write(draw=False)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for name, value in (
+        ("state", "descending, step 7 of 16"),
+        ("time left", "1:05"),
+        ("scorers", "2 busy"),
+        ("cost of the search", "12.5 full-length equivalents (FLOPs), about 30 left"),
+    ):
+        assert f"<td>{name}</td><td>{value}</td>" in page
+    assert "<img" not in page
 
 
 def test_writer_survives_a_failing_report(tmp_path, caplog):
-    def write(run_dir):
+    def write(draw):
         raise OSError("no space")
 
     run_dir = open_run(tmp_path)

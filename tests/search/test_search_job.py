@@ -19,7 +19,7 @@ from longrope2_ray.cli import main
 from longrope2_ray.errors import RunDirError
 from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.recipe.sections import ScorerSection
-from longrope2_ray.report.page import REFRESHES
+from longrope2_ray.report.html_page import FINISHED, REFRESHES
 from longrope2_ray.search import job, preparation
 from longrope2_ray.search.loop import SearchLoop
 from longrope2_ray.search.status import Status
@@ -256,7 +256,8 @@ def test_a_finished_run_is_only_read_and_its_report_finished(
     assert before == {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
     page = (place / "report.html").read_text()
     assert REFRESHES not in page
-    not_final = page.replace("<title>", f"{REFRESHES} content='10'><title>")
-    (place / "report.html").write_text(not_final)
+    assert FINISHED in page
+    (place / "report.html").write_text(page.replace(FINISHED, f"{REFRESHES} content='10'>"))
     assert main(command) == 0
+    assert (place / "report.html").read_text().count(FINISHED) == 1
     assert REFRESHES not in (place / "report.html").read_text()
