@@ -115,6 +115,8 @@ recipe = "small.toml"
 seeds = [0]
 
 [settings]
+search.preset = "paper"
+needles.depth = "start"
 report.methods = ["yarn", "longrope2"]
 report.lengths = [1024, 256]
 scorer.look_ahead = false
