@@ -247,7 +247,7 @@ def _first_generation(
     if not search.descent_steps:
         return search.population_size, 0.0
     num_starts = len(starts(geometry, space, search.target_length, 1.0))
-    raced = num_raced(geometry, space, search.target_length)
+    raced = num_raced(space)
     return raced, proposal_equivalents(search, shape, num_starts)
 
 

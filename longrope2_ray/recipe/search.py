@@ -62,7 +62,7 @@ class SearchSection(Section):
         0, ge=0, description="Generations after the initial one; the paper's 40, 0 in a descent."
     )
     top_k: Annotated[Positive, SEARCH] = Field(
-        4, description="Survivors of each generation; 32 in the evolutionary presets."
+        1, description="Survivors of each generation; 32 in the evolutionary presets."
     )
     num_offspring: Annotated[Positive, SEARCH] = Field(
         32, description="New candidates a generation; none in a descent."
@@ -99,7 +99,7 @@ class SearchSection(Section):
         "as the higher one of su and yarn.",
     )
     descent_steps: Annotated[int, SEARCH] = Field(
-        16,
+        20,
         ge=0,
         description="Steps down the gradient of skipped documents before the first generation; 0 "
         "in the evolutionary presets, whose first generation is drawn.",

@@ -226,7 +226,7 @@ class SearchLoop:
             self._board.show("units")
 
     def _refresh(self, race: Race) -> None:
-        raced = num_raced(self._geometry, self._space, self._recipe.search.target_length)
+        raced = num_raced(self._space)
         to_race = raced * self._num_samples - self._board.num_found(SEARCH_SET)
         generation, open_race = self._evolution.generation, (self._open_set, race.num_units_left)
         left = _units_left(self._recipe, self.status, generation.index, open_race, to_race)

@@ -12,10 +12,11 @@ from longrope2_ray.recipe.sections import NeedleSection
 from longrope2_ray.rope.baselines import require_methods
 from longrope2_ray.search.comparison import comparisons
 from longrope2_ray.search.evolution import Evolution
-from longrope2_ray.search.proposing import num_skipped_tokens
+from longrope2_ray.search.proposing import num_skipped_tokens, widths
 from longrope2_ray.search.scores import (
     SEARCH_SET,
     SKIPPED_SET,
+    WIDE_SET,
     NeedleSet,
     descent_set,
     is_descent,
@@ -109,7 +110,8 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _needle_fingerprints(samples: Mapping[str, Sequence[NeedleSample]]) -> dict[str, str]:
     """Return the fingerprint of each needle set; those of the descent share one."""
-    skipped = [name for name in samples if name == SKIPPED_SET or is_descent(name)]
+    cheap = (SKIPPED_SET, WIDE_SET)
+    skipped = [name for name in samples if name in cheap or is_descent(name)]
     prints = {
         f"needles {name}": needle_fingerprint(built)
         for name, built in samples.items()
@@ -128,18 +130,21 @@ def _skipped_sets(
     search = recipe.search
     if not search.descent_steps:
         return {}
-    size = search.skipped_needles
-    samples = build_needle_set(
-        tokenizer,
-        books,
-        length=search.target_length,
-        num_samples=size * (1 + search.descent_steps),
-        seed=recipe.needles.seed + SKIPPED_SEED,
-        depth=recipe.needles.depth,
-        num_tokens=num_skipped_tokens(search),
-    )
-    names = [SKIPPED_SET, *map(descent_set, range(search.descent_steps))]
-    return {name: samples[i * size : (i + 1) * size] for i, name in enumerate(names)}
+    size, sets = search.skipped_needles, {}
+    for wide in widths(search):
+        samples = build_needle_set(
+            tokenizer,
+            books,
+            length=search.target_length,
+            num_samples=size * (1 + search.descent_steps),
+            seed=recipe.needles.seed + SKIPPED_SEED,
+            depth=recipe.needles.depth,
+            num_tokens=num_skipped_tokens(search, wide),
+        )
+        steps = [descent_set(step, wide) for step in range(search.descent_steps)]
+        for i, name in enumerate([WIDE_SET if wide else SKIPPED_SET, *steps]):
+            sets[name] = samples[i * size : (i + 1) * size]
+    return sets
 
 
 def require_held_out(searched: Sequence[Book], reported: Sequence[Book]) -> None:

@@ -1,5 +1,6 @@
 """[ours] The first generation by descent: a start, the steps from it, and the finalists."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,24 +10,33 @@ from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.search import SearchSection
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.rope.geometry import RopeGeometry
+from longrope2_ray.search.cascade import rank_correlation
 from longrope2_ray.search.descent import Descent
 from longrope2_ray.search.racing import Race, race_of_all
-from longrope2_ray.search.scores import SEARCH_SET, SKIPPED_SET, Score, descent_set
+from longrope2_ray.search.scores import SEARCH_SET, SKIPPED_SET, WIDE_SET, Score, descent_set
 from longrope2_ray.search.space import Candidate, SearchSpace, attention_factor
 from longrope2_ray.search.starts import (
     NUM_ATTENTION_FACTORS,
     finalists,
+    mean_of,
     num_kept_dims,
     published,
     starts,
 )
 
+log = logging.getLogger(__name__)
+
 # Tokens of a skipped document, as a share of the target length.
 SKIPPED_SHARE = 3 / 16
 # Size of the first step, in units of a factor's logarithm.
 RATE = 0.015
-# Starts that the skipped documents leave to a race at full length, whose best one is taken.
-NUM_STARTS_RACED = 6
+# The descent starts from the mean of so many of the best starts.
+NUM_PARENTS = 2
+# So many of the best published methods deserve a race at full length. So many full-length needles
+# say how well the skipped documents rank; below such a rank correlation these get twice the tokens.
+NUM_METHODS_RACED = 3
+NUM_CHECKED_NEEDLES = 2
+MIN_CORRELATION = 0.5
 
 # (race, id -> vector, needle set) -> each vector's scores, by sample; those of eliminated ones
 # have gaps.
@@ -39,15 +49,22 @@ def proposal_equivalents(search: SearchSection, shape: ModelShape, num_starts: i
     return passes * full_equivalents(shape, num_skipped_tokens(search), search.target_length)
 
 
-def num_raced(geometry: RopeGeometry, space: SearchSpace, target_length: int) -> int:
+def num_raced(space: SearchSpace) -> int:
     """Return how many candidates are raced at full length at most."""
     factors = 1 if space.fixed_attention else NUM_ATTENTION_FACTORS
-    return factors + NUM_STARTS_RACED + len(published(geometry, target_length, 1.0))
+    return factors + 1 + NUM_PARENTS + NUM_METHODS_RACED
 
 
-def num_skipped_tokens(search: SearchSection) -> int:
+def num_skipped_tokens(search: SearchSection, wide: bool = False) -> int:
     """Return how many tokens a skipped document has."""
-    return search.skipped_tokens or round(SKIPPED_SHARE * search.target_length)
+    tokens = search.skipped_tokens or round(SKIPPED_SHARE * search.target_length)
+    return tokens * 2 if wide else tokens
+
+
+def widths(search: SearchSection) -> tuple[bool, ...]:
+    """Return whether skipped documents are wide, for each width that they may have."""
+    can_widen = num_skipped_tokens(search, wide=True) < search.target_length
+    return (False, True) if can_widen else (False,)
 
 
 class Proposer:
@@ -88,17 +105,50 @@ class Proposer:
         Raises:
             StoppedError: if scorers cannot go on, or no score is finite.
         """
+        ranked, correlation = self._ranked(wide=False)
+        wide = correlation is not None and correlation < MIN_CORRELATION
+        if wide and True in widths(self._search):
+            log.info("rank correlation %.2f: skipped documents are widened", correlation)
+            ranked, _ = self._ranked(wide=True)
+        else:
+            wide = False
+        start = mean_of(ranked[:NUM_PARENTS], self._ratio)
+        descended = self._descend(start, wide)
+        names = {method.id for method in self._published()}
+        methods = [candidate for candidate in ranked if candidate.id in names]
+        others = {c.id: c for c in (start, *ranked[:NUM_PARENTS], *methods[:NUM_METHODS_RACED])}
+        return tuple(finalists(descended, list(others.values()), self._space, self._ratio))
+
+    def _published(self) -> list[Candidate]:
+        return published(self._geometry, self._search.target_length, self._attention)
+
+    def _ranked(self, wide: bool) -> tuple[list[Candidate], float | None]:
+        """Return the starts, best first on skipped documents, and how well their rank foretells.
+
+        Ranked are the best starts and the published methods, and the rank correlation is that with
+        their scores at full length.
+        """
         target, size = self._search.target_length, self._search.skipped_needles
+        cheap_set = WIDE_SET if wide else SKIPPED_SET
         candidates = starts(self._geometry, self._space, target, self._attention)
-        best = self._best(candidates, NUM_STARTS_RACED, SKIPPED_SET, size)
-        # Skipped documents only hint at a good start, so full length decides; the published methods
-        # are raced in any case, so that the winner is never worse than the best of them at this
-        # attention factor.
-        methods = published(self._geometry, target, self._attention)
-        raced = {candidate.id: candidate for candidate in (*best, *methods)}
-        (start,) = self._best(list(raced.values()), 1, SEARCH_SET, self._num_samples)
-        descended = self._descend(start)
-        return tuple(finalists(descended, [start], self._space, self._ratio))
+        best = self._best(candidates, NUM_PARENTS, cheap_set, size)
+        known = list({c.id: c for c in (*best, *self._published())}.values())
+        # Both scores on the same needles for all of them, whatever a race would have spared, so
+        # that the correlation does not depend on the order in which scores come in.
+        cheap = self._totals(known, cheap_set, size)
+        num_checked = max(1, min(NUM_CHECKED_NEEDLES, self._num_samples // 4))
+        full = self._totals(known, SEARCH_SET, num_checked)
+        order = sorted(range(len(known)), key=lambda i: (cheap[i], known[i].id))
+        return [known[i] for i in order], rank_correlation(cheap, full)
+
+    def _totals(
+        self, candidates: Sequence[Candidate], needle_set: str, num_samples: int
+    ) -> list[float]:
+        """Return each candidate's summed NLL over the first samples of a needle set."""
+        ids = [candidate.id for candidate in candidates]
+        race = race_of_all(ids, num_samples)
+        self._run(race, {c.id: c.factors for c in candidates}, needle_set)
+        return [race.totals[id] for id in ids]
 
     def _best(
         self, candidates: Sequence[Candidate], top_k: int, needle_set: str, num_samples: int
@@ -120,7 +170,7 @@ class Proposer:
         ranked = sorted(totals, key=lambda id: (totals[id], id))
         return [by_id[id] for id in ranked[:top_k]]
 
-    def _descend(self, start: Candidate) -> Candidate:
+    def _descend(self, start: Candidate, wide: bool) -> Candidate:
         low, high = 1.0, self._space.tail_bounds[1]
         descent = Descent(
             start.factors.values,
@@ -133,7 +183,7 @@ class Proposer:
         candidate = start
         while not descent.finished:
             race = race_of_all([candidate.id], self._search.skipped_needles)
-            name = descent_set(descent.step)
+            name = descent_set(descent.step, wide)
             scores = self._run(race, {candidate.id: candidate.factors}, name)[candidate.id]
             known = [score for score in scores if score is not None]
             num_tokens = sum(score.num_tokens for score in known if score.gradient)

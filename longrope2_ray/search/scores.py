@@ -16,18 +16,19 @@ from longrope2_ray.workers.done import Done
 
 SEARCH_SET = "search"
 SKIPPED_SET = "skipped"
+WIDE_SET = "skipped-wide"
 MAX_MEAN_NLL = 700.0  # its exponential is still a finite float
 MAX_DEPTHS = 8  # more depths than these are summed up by quarters of the document
 
 
-def descent_set(step: int) -> str:
+def descent_set(step: int, wide: bool = False) -> str:
     """Return the name of the needle set whose gradient a step of the descent follows."""
-    return f"descent@{step}"
+    return f"descent-wide@{step}" if wide else f"descent@{step}"
 
 
 def is_descent(needle_set: str) -> bool:
     """Tell whether a needle set is one of the descent, whose units ask for a gradient."""
-    return needle_set.startswith("descent@")
+    return needle_set.startswith(("descent@", "descent-wide@"))
 
 
 def report_set(length: int) -> str:
@@ -45,7 +46,8 @@ class NeedleSet:
     """A set of needle samples as the search sees it: without the tokens, which scorers hold.
 
     Attributes:
-        name: ``search``; ``skipped`` and ``descent@<step>`` for documents with skipped positions;
+        name: ``search``; ``skipped`` and ``descent@<step>`` for documents with skipped positions,
+            ``skipped-wide`` and ``descent-wide@<step>`` for those with twice the tokens;
             ``report@<length>`` for held-out samples.
         sample_ids: id of each sample's content (``NeedleSample.id``).
         num_tokens: number of answer tokens of each sample.

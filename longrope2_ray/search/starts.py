@@ -9,7 +9,7 @@ from longrope2_ray.rope.geometry import RopeGeometry
 from longrope2_ray.search.space import Candidate, SearchSpace
 
 # Attention factors that the result of a descent is raced with, where it is searched.
-NUM_ATTENTION_FACTORS = 5
+NUM_ATTENTION_FACTORS = 3
 # Dimensions that turn more often than this in the pre-trained window may be kept; Llama 3's
 # ``high_freq_factor``.
 MAX_TURNS = 4.0
@@ -18,7 +18,7 @@ MAX_TURNS = 4.0
 def num_kept_dims(geometry: RopeGeometry) -> int:
     """Return how many first dimensions turn so often in L0 that the model knows all their angles.
 
-    A kept head has factors of 1 there, and no descent moves them: the score is rough in them.
+    No descent moves their factors: the score is rough in them, and its gradient mostly noise.
     """
     return int(np.sum(geometry.original_length / geometry.periods_tokens > MAX_TURNS))
 
@@ -41,25 +41,26 @@ def starts(
     """Return the vectors that a descent may start from, non-decreasing.
 
     They are the published methods and, for every critical dimension, a constant tail of the ratio
-    (Alg. 1); and each of them once more with a kept head, which is better where needles are near,
-    if the model can bear it.
+    (Alg. 1).
     """
     ratio = target_length / geometry.original_length
-    wholes = [
-        (candidate.origin, candidate.factors.values)
-        for candidate in published(geometry, target_length, attention_factor)
-    ]
+    candidates = published(geometry, target_length, attention_factor)
     for dim in space.critical_dims:
-        wholes.append(("constant tail", longrope2_start(geometry, target_length, dim)))
-    kept = num_kept_dims(geometry)
-    found: dict[str, Candidate] = {}
-    for name, whole in wholes:
-        with_head = np.concatenate([np.ones(kept), whole[kept:]])
-        for origin, vector in ((name, whole), (f"{name}, kept head", with_head)):
-            values = np.maximum.accumulate(vector)
-            candidate = Candidate.of_vector(values, ratio, attention_factor, origin=origin)
-            found.setdefault(candidate.id, candidate)
-    return list(found.values())
+        values = longrope2_start(geometry, target_length, dim)
+        origin = "constant tail"
+        candidates.append(Candidate.of_vector(values, ratio, attention_factor, origin=origin))
+    return list({candidate.id: candidate for candidate in candidates}.values())
+
+
+def mean_of(parents: Sequence[Candidate], ratio: float) -> Candidate:
+    """Return the geometric mean of several vectors, as evolution strategies recombine parents.
+
+    Where the best of them is a matter of chance, their mean is the steadier start.
+    """
+    logs = np.mean([np.log(parent.factors.values) for parent in parents], axis=0)
+    best = parents[0]
+    origin = "mean of " + " and ".join(parent.origin for parent in parents)
+    return Candidate.of_vector(np.exp(logs), ratio, best.attention_factor, best.id, origin)
 
 
 def finalists(
@@ -73,8 +74,9 @@ def finalists(
         ratio: the extension ratio.
     """
     low, high = space.attention_bounds
-    count = NUM_ATTENTION_FACTORS if low < high else 1
+    # Inside the bounds: their ends are too weak or too strong for nearly every vector.
+    inside = np.linspace(low, high, NUM_ATTENTION_FACTORS + 2)[1:-1].round(4).tolist()
     values = np.array(descended.head + descended.tail)
-    for factor in np.linspace(low, high, count).round(4).tolist():
+    for factor in inside if low < high else [low]:
         yield Candidate.of_vector(values, ratio, factor, descended.parent_id, "attention factor")
     yield from others

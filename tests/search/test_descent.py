@@ -28,9 +28,9 @@ from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.rope.baselines import PLAIN
 from longrope2_ray.search.descent import Descent
 from longrope2_ray.search.loop import SearchLoop
-from longrope2_ray.search.scores import SKIPPED_SET, NeedleSet, descent_set, is_descent
+from longrope2_ray.search.scores import SKIPPED_SET, WIDE_SET, NeedleSet, descent_set, is_descent
 from longrope2_ray.search.space import Candidate, SearchSpace
-from longrope2_ray.search.starts import finalists, starts
+from longrope2_ray.search.starts import finalists, mean_of, starts
 from longrope2_ray.storage.rundir import RunDir
 
 RATIO = TARGET_LENGTH / GEOMETRY.original_length
@@ -110,9 +110,20 @@ def test_the_result_is_raced_with_several_attention_factors_where_they_are_searc
     first = list(finalists(result, [other], searched, RATIO))
     assert first[-1] is other
     factors = [candidate.attention_factor for candidate in first[:-1]]
-    assert (factors[0], factors[-1]) == pytest.approx(searched.attention_bounds, abs=1e-4)
-    assert len(set(factors)) == 5
+    low, high = searched.attention_bounds
+    assert factors == pytest.approx(
+        [low + share * (high - low) for share in (1 / 4, 1 / 2, 3 / 4)], abs=1e-4
+    )
     assert [c.attention_factor for c in finalists(result, [other], fixed, RATIO)] == [1.05, 1.1]
+
+
+def test_the_mean_of_two_vectors_lies_between_them_and_names_both() -> None:
+    first = Candidate.of_vector(np.full(16, 2.0), RATIO, 1.1, origin="yarn")
+    second = Candidate.of_vector(np.full(16, 8.0), RATIO, 1.1, origin="ntk")
+    mean = mean_of([first, second], RATIO)
+    assert np.allclose(mean.factors.values, 4.0)
+    assert (mean.origin, mean.parent_id) == ("mean of yarn and ntk", first.id)
+    assert mean.attention_factor == 1.1
 
 
 def test_a_vectors_critical_dimension_is_where_it_reaches_the_ratio() -> None:
@@ -135,7 +146,8 @@ def descending_recipe(**search: Any) -> Recipe:
 
 
 def sets() -> dict[str, NeedleSet]:
-    names = [SKIPPED_SET, *map(descent_set, range(STEPS))]
+    steps = [descent_set(step, wide) for wide in (False, True) for step in range(STEPS)]
+    names = [SKIPPED_SET, WIDE_SET, *steps]
     skipped = {
         name: NeedleSet(
             name,
@@ -188,7 +200,7 @@ def test_the_winner_is_no_worse_than_the_best_published_method(tmp_path: Path) -
     ppls = [survivor["ppl"] for survivor in body["survivors"] if survivor["ppl"] is not None]
     assert winner.search.ppl == min(ppls)
     assert loop.status.descent_step == STEPS
-    descended = {candidate["attention_factor"] for candidate in body["candidates"][:5]}
+    descended = {candidate["attention_factor"] for candidate in body["candidates"][:3]}
     assert winner.candidate.attention_factor in descended, "the descent won nothing"
 
 
