@@ -185,12 +185,18 @@ class SearchSection(Section):
             raise ValueError(f"start_tokens: expected different numbers, got {self.start_tokens}")
 
     def _refuse(self, names: Iterable[str], why: str) -> None:
-        """Refuse a field that the recipe gives and its preset does not know."""
+        """Refuse a field that the recipe gives and its preset does not know.
+
+        The value that it has anyway is no mistake: a run directory's own recipe names every field.
+        """
+        preset = PRESETS[self.preset]
         for name in names:
-            if name in self.model_fields_set:
+            value = getattr(self, name)
+            default = preset.get(name, type(self).model_fields[name].default)
+            if name in self.model_fields_set and value != default:
                 raise ValueError(
                     f"{name}: expected to be left out with preset {self.preset!r}, since {why}; "
-                    f"got {getattr(self, name)!r}"
+                    f"got {value!r}"
                 )
 
 

@@ -112,7 +112,7 @@ class Proposer:
             ranked, _ = self._ranked(wide=True)
         else:
             wide = False
-        start = mean_of(ranked[:NUM_PARENTS], self._ratio)
+        start = mean_of(ranked[:NUM_PARENTS], self._ratio, self._space.tail_bounds[1])
         descended = self._descend(start, wide)
         names = {method.id for method in self._published()}
         methods = [candidate for candidate in ranked if candidate.id in names]

@@ -52,12 +52,14 @@ def starts(
     return list({candidate.id: candidate for candidate in candidates}.values())
 
 
-def mean_of(parents: Sequence[Candidate], ratio: float) -> Candidate:
+def mean_of(parents: Sequence[Candidate], ratio: float, highest: float) -> Candidate:
     """Return the geometric mean of several vectors, as evolution strategies recombine parents.
 
-    Where the best of them is a matter of chance, their mean is the steadier start.
+    Where the best of them is a matter of chance, their mean is the steadier start. Factors above
+    the highest one, which stand for infinity (CoPE), are cut.
     """
-    logs = np.mean([np.log(parent.factors.values) for parent in parents], axis=0)
+    vectors = [np.clip(parent.factors.values, 1.0, highest) for parent in parents]
+    logs = np.mean(np.log(vectors), axis=0)
     best = parents[0]
     origin = "mean of " + " and ".join(parent.origin for parent in parents)
     return Candidate.of_vector(np.exp(logs), ratio, best.attention_factor, best.id, origin)

@@ -120,8 +120,9 @@ def test_the_result_is_raced_with_several_attention_factors_where_they_are_searc
 def test_the_mean_of_two_vectors_lies_between_them_and_names_both() -> None:
     first = Candidate.of_vector(np.full(16, 2.0), RATIO, 1.1, origin="yarn")
     second = Candidate.of_vector(np.full(16, 8.0), RATIO, 1.1, origin="ntk")
-    mean = mean_of([first, second], RATIO)
+    mean = mean_of([first, second], RATIO, highest=8.0)
     assert np.allclose(mean.factors.values, 4.0)
+    assert np.allclose(mean_of([first, second], RATIO, highest=4.0).factors.values, 8**0.5)
     assert (mean.origin, mean.parent_id) == ("mean of yarn and ntk", first.id)
     assert mean.attention_factor == 1.1
 
@@ -202,6 +203,33 @@ def test_the_winner_is_no_worse_than_the_best_published_method(tmp_path: Path) -
     assert loop.status.descent_step == STEPS
     descended = {candidate["attention_factor"] for candidate in body["candidates"][:3]}
     assert winner.candidate.attention_factor in descended, "the descent won nothing"
+
+
+class Misleading(Gradients):
+    """Toy scorers whose skipped documents rank the other way round unless they are wide."""
+
+    def _complete(self) -> Any:
+        from dataclasses import replace
+
+        done = super()._complete()
+        if done.work.needle_set != SKIPPED_SET:
+            return done
+        return replace(done, result=replace(done.result, nll_sum=100 / (1 + done.result.nll_sum)))
+
+
+def test_skipped_documents_that_rank_badly_are_widened(tmp_path: Path) -> None:
+    loops = {}
+    for name, scorers in (("right", Gradients()), ("misled", Misleading())):
+        loops[name] = run(tmp_path / name, scorers, skipped_tokens=TARGET_LENGTH // 4)
+        loops[name].run()
+    sets = {
+        name: {score.needle_set for score in ledger_of(RunDir(str(tmp_path / name))).values()}
+        for name in loops
+    }
+    assert {SKIPPED_SET, descent_set(0)} <= sets["right"]
+    assert WIDE_SET not in sets["right"]
+    assert {WIDE_SET, descent_set(0, wide=True)} <= sets["misled"]
+    assert descent_set(0) not in sets["misled"]
 
 
 def test_kills_and_any_order_end_in_the_same_bytes(tmp_path: Path) -> None:
