@@ -304,7 +304,7 @@ def test_the_found_vector_is_drawn_against_every_published_method(bred: RunDir) 
     ax = draw_factors(load_run(bred)).axes[0]
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels[:2] == ["LongRoPE2, best so far", "all survivors"]
-    assert set(labels[2:]) == {"unscaled", "PI", "NTK", "NTK-aware", "YaRN", "Llama 3"}
+    assert {"unscaled", "PI", "NTK", "NTK-aware", "YaRN", "Llama 3"} < set(labels[2:])
     assert len(labels) == 2 + len(PLAIN)
     lines = {line.get_label(): line for line in ax.lines}
     assert lines["PI"].get_ydata().tolist() == [4.0] * 32

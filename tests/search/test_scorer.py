@@ -1,5 +1,6 @@
 """The scorer's short way against transformers' own forward."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +251,15 @@ def test_a_skipped_document_is_scored_at_its_positions(family: str) -> None:
     factors = some_factors(shape, 1.17)
     scorer = NeedleScorer(model, shape)
     assert scorer.trimmed
-    with PinnedRope(model, shape).pinned(factors):
+    # Its few tokens stand for all of them: a weaker attention, by ln m / ln L.
+    share = math.log(len(sample.input_ids)) / math.log(sample.position_ids[-1] + 1)
+    assert share < 1
+    weaker = RescaleFactors(factors.values, share * factors.attention_factor)
+    with PinnedRope(model, shape).pinned(weaker):
         expected = masked_loss(model, sample)
     score = scorer.score(sample, factors)
     assert score.nll_sum / 7 == pytest.approx(expected, abs=1e-4)
+    assert scorer.gradient(sample, factors).nll_sum == pytest.approx(score.nll_sum, abs=1e-3)
     scorer.trimmed = False
     assert scorer.score(sample, factors).nll_sum == pytest.approx(score.nll_sum, abs=1e-3)
     whole = NeedleSample(sample.input_ids, sample.answer_span, 0.0, "", "", "")
