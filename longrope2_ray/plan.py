@@ -85,6 +85,7 @@ class Plan:
         candidates: candidates of all generations.
         units: forward passes of the search if racing saves none, one for each sample and candidate.
         proposing: cost of the descent that the first generation comes from, in such passes.
+        proposing_most: the same if its skipped documents are widened.
         passes_most: forward passes, the report's included, if racing saves none; those of the
             descent, which are shorter, stand in ``proposing``.
         passes_likely: the same if racing saves what ``SAVED_BY_RACING`` says.
@@ -110,6 +111,7 @@ class Plan:
     candidates: int
     units: int
     proposing: float
+    proposing_most: float
     passes_most: int
     passes_likely: int
     pass_pflop: Mapping[str, float]
@@ -149,12 +151,12 @@ def plan(
     geometry = _geometry(recipe, shape)
     space = SearchSpace.from_recipe(geometry, search)
     Evolution(space, search)  # refuses what the search would refuse
-    first, proposing = _first_generation(recipe, shape, space, geometry)
+    first, (proposing, proposing_most) = _first_generation(recipe, shape, space, geometry)
     candidates = first + search.iterations * search.num_offspring
     most = candidates * recipe.needles.num_samples
     likely = round(most * (1 - SAVED_BY_RACING))
     flops = pass_flops(shape, search.target_length)
-    pflop_most = _search_pflop(recipe, shape, most + proposing)
+    pflop_most = _search_pflop(recipe, shape, most + proposing_most)
     pflop_likely = _search_pflop(recipe, shape, likely + proposing)
     # The layers of a model on several GPUs go to one GPU after another, which wait for each other.
     spread = max(1.0, scorer.gpus_per_scorer)
@@ -169,6 +171,7 @@ def plan(
         candidates=candidates,
         units=most,
         proposing=proposing,
+        proposing_most=proposing_most,
         passes_most=most + num_report_units(recipe),
         passes_likely=likely + num_report_units(recipe),
         pass_pflop={part: number / 1e15 for part, number in flops.items()},
@@ -241,11 +244,11 @@ def _geometry(recipe: Recipe, shape: ModelShape) -> RopeGeometry:
 
 def _first_generation(
     recipe: Recipe, shape: ModelShape, space: SearchSpace, geometry: RopeGeometry
-) -> tuple[int, float]:
-    """Candidates of the first generation, and what proposing them costs in full passes."""
+) -> tuple[int, tuple[float, float]]:
+    """Candidates of the first generation, and what proposing them costs, likely and at most."""
     search = recipe.search
     if not search.descent_steps:
-        return search.population_size, 0.0
+        return search.population_size, (0.0, 0.0)
     num_starts = len(starts(geometry, space, search.target_length, 1.0))
     raced = num_raced(space)
     return raced, proposal_equivalents(search, shape, num_starts)
@@ -291,6 +294,10 @@ def _search_lines(cost: Plan) -> list[str]:
     fits = "fits"
     if not cost.fits:
         fits = "DOES NOT FIT: raise scorer.gpus_per_scorer or take a larger accelerator"
+    descent = (
+        f"descent          {cost.proposing_most:.1f} full passes at most, "
+        f"about {cost.proposing:.1f} unless its documents are widened"
+    )
     return [
         f"{cost.recipe}: {cost.original_length} -> {cost.target_length} tokens, "
         f"critical dimensions {cost.critical_dims[0]} ... {cost.critical_dims[1]}, "
@@ -298,7 +305,7 @@ def _search_lines(cost: Plan) -> list[str]:
         f"model            {cost.num_parameters / 1e9:.3f} B parameters",
         f"candidates       {cost.candidates}",
         f"units            {cost.units} at most",
-        *([f"descent          {cost.proposing:.1f} full passes"] if cost.proposing else []),
+        *([descent] if cost.proposing else []),
         f"forward passes   {cost.passes_most} at most, about {cost.passes_likely} with racing, "
         f"report included",
         f"one pass         {flops['total']:.4g} PFLOP (linear {flops['linear']:.4g}, "

@@ -17,6 +17,7 @@ from longrope2_ray.search.scores import SEARCH_SET, SKIPPED_SET, WIDE_SET, Score
 from longrope2_ray.search.space import Candidate, SearchSpace, attention_factor
 from longrope2_ray.search.starts import (
     NUM_ATTENTION_FACTORS,
+    PUBLISHED,
     finalists,
     mean_of,
     num_kept_dims,
@@ -32,9 +33,8 @@ SKIPPED_SHARE = 3 / 16
 RATE = 0.015
 # The descent starts from the mean of so many of the best starts.
 NUM_PARENTS = 2
-# So many of the best published methods deserve a race at full length. So many full-length needles
-# say how well the skipped documents rank; below such a rank correlation these get twice the tokens.
-NUM_METHODS_RACED = 3
+# So many full-length needles say how well the skipped documents rank; below such a rank correlation
+# these get twice the tokens.
 NUM_CHECKED_NEEDLES = 2
 MIN_CORRELATION = 0.5
 
@@ -43,16 +43,27 @@ MIN_CORRELATION = 0.5
 Run = Callable[[Race, Mapping[str, RescaleFactors], str], Mapping[str, Sequence[Score | None]]]
 
 
-def proposal_equivalents(search: SearchSection, shape: ModelShape, num_starts: int) -> float:
-    """Return what a proposal costs at most, in passes of the target length by FLOPs."""
-    passes = search.skipped_needles * (num_starts + search.descent_steps * GRADIENT_PASSES)
-    return passes * full_equivalents(shape, num_skipped_tokens(search), search.target_length)
+def proposal_equivalents(
+    search: SearchSection, shape: ModelShape, num_starts: int
+) -> tuple[float, float]:
+    """Return what a proposal costs in passes of the target length by FLOPs, its race aside.
+
+    Returns:
+        the cost with documents as the recipe says, and the highest one, where they are widened.
+    """
+    of_steps = search.descent_steps * GRADIENT_PASSES
+    lengths = [num_skipped_tokens(search, wide) for wide in widths(search)]
+    each = [full_equivalents(shape, length, search.target_length) for length in lengths]
+    narrow, *wide = (search.skipped_needles * cost for cost in each)
+    likely = narrow * (num_starts + of_steps)
+    most = narrow * num_starts + wide[0] * (num_starts + of_steps) if wide else likely
+    return likely, most
 
 
 def num_raced(space: SearchSpace) -> int:
     """Return how many candidates are raced at full length at most."""
     factors = 1 if space.fixed_attention else NUM_ATTENTION_FACTORS
-    return factors + 1 + NUM_PARENTS + NUM_METHODS_RACED
+    return factors + 1 + NUM_PARENTS + len(PUBLISHED)
 
 
 def num_skipped_tokens(search: SearchSection, wide: bool = False) -> int:
@@ -114,13 +125,7 @@ class Proposer:
             wide = False
         start = mean_of(ranked[:NUM_PARENTS], self._ratio, self._space.tail_bounds[1])
         descended = self._descend(start, wide)
-        names = {method.id for method in self._published()}
-        methods = [candidate for candidate in ranked if candidate.id in names]
-        others = {c.id: c for c in (start, *ranked[:NUM_PARENTS], *methods[:NUM_METHODS_RACED])}
-        return tuple(finalists(descended, list(others.values()), self._space, self._ratio))
-
-    def _published(self) -> list[Candidate]:
-        return published(self._geometry, self._search.target_length, self._attention)
+        return tuple(finalists(descended, [start, *ranked], self._space, self._ratio))
 
     def _ranked(self, wide: bool) -> tuple[list[Candidate], float | None]:
         """Return the starts, best first on skipped documents, and how well their rank foretells.
@@ -132,7 +137,8 @@ class Proposer:
         cheap_set = WIDE_SET if wide else SKIPPED_SET
         candidates = starts(self._geometry, self._space, target, self._attention)
         best = self._best(candidates, NUM_PARENTS, cheap_set, size)
-        known = list({c.id: c for c in (*best, *self._published())}.values())
+        methods = published(self._geometry, target, self._attention)
+        known = list({c.id: c for c in (*best, *methods)}.values())
         # Both scores on the same needles for all of them, whatever a race would have spared, so
         # that the correlation does not depend on the order in which scores come in.
         cheap = self._totals(known, cheap_set, size)

@@ -13,6 +13,8 @@ NUM_ATTENTION_FACTORS = 3
 # Dimensions that turn more often than this in the pre-trained window may be kept; Llama 3's
 # ``high_freq_factor``.
 MAX_TURNS = 4.0
+# Names of the published methods.
+PUBLISHED = tuple(name for name in PLAIN if name != "unscaled")
 
 
 def num_kept_dims(geometry: RopeGeometry) -> int:
@@ -28,7 +30,7 @@ def published(
 ) -> list[Candidate]:
     """Return the published methods as candidates, non-decreasing."""
     ratio = target_length / geometry.original_length
-    methods = {name: PLAIN[name](geometry, target_length) for name in PLAIN if name != "unscaled"}
+    methods = {name: PLAIN[name](geometry, target_length) for name in PUBLISHED}
     return [
         Candidate.of_vector(np.maximum.accumulate(values), ratio, attention_factor, origin=name)
         for name, values in methods.items()
