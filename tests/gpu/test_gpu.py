@@ -112,10 +112,10 @@ def test_a_repeated_score_is_the_same_bits(device: str, kind: str, dtype: str) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_repeated_gradient_is_the_same_bits(device: str, dtype: str) -> None:
-    sample, factors = reference_sample(LENGTH), reference_factors()
+    sample, factors = reference_sample(LENGTH if device == "cuda" else 300), reference_factors()
     scorer = reference_scorer(device, dtype)
     first = scorer.gradient(sample, factors).gradient
-    assert all(scorer.gradient(sample, factors).gradient == first for _ in range(3))
+    assert all(scorer.gradient(sample, factors).gradient == first for _ in range(2))
 
 
 # ------------------------------------------------------------------------------------------- memory

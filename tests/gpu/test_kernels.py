@@ -15,8 +15,11 @@ FUSED = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# Outputs are means of values around 1, which bfloat16 rounds by up to 2^-9 on the way in and out.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# Relative; bfloat16 rounds the weights and the output by up to 2^-9, float32 kernels may put a
+# product together from three of TF32.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# What torch and cuDNN say where a kernel does not take the inputs.
+REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -62,7 +65,7 @@ def outputs(
             out = CALLS[call](*tensors)
             grads = torch.autograd.grad(out.float().square().sum(), tensors) if backward else ()
     except RuntimeError as error:
-        if "No available kernel" in str(error) or "No viable backend" in str(error):
+        if any(words in str(error) for words in REFUSALS):
             return None
         raise
     return [tensor.detach().float() for tensor in (out, *grads)]

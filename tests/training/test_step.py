@@ -142,6 +142,9 @@ def test_an_uneven_split_is_refused_by_field() -> None:
 def kernels() -> list:
     return [
         pytest.param("sdpa", "cpu", torch.float32),
+        pytest.param("sdpa", "cpu", torch.bfloat16),
+        pytest.param("sdpa", "cuda", torch.float32, marks=pytest.mark.gpu),
+        pytest.param("sdpa", "cuda", torch.bfloat16, marks=pytest.mark.gpu),
         pytest.param("flash_attention_2", "cuda", torch.bfloat16, marks=pytest.mark.gpu),
     ]
 
@@ -152,6 +155,8 @@ def test_documents_do_not_see_each_other(
     kernel: str, device: str, dtype: torch.dtype, window: int | None
 ) -> None:
     """Perturb one document: nothing changes in the others, neither forward nor in the gradient."""
+    if kernel == "flash_attention_2":
+        pytest.importorskip("flash_attn")
     torch.manual_seed(0)
     ranges = attention_ranges(segment("short"))
     q, k, v = (torch.randn(1, heads, LENGTH, 16, device=device, dtype=dtype) for heads in (4, 2, 2))
