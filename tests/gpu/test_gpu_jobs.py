@@ -88,12 +88,12 @@ def test_a_steps_loss_and_gradients_are_those_of_the_cpu(
     assert off <= tolerance * norm
 
 
-# ---------------------------------------------------------------------------------------- whole jobs
+# --------------------------------------------------------------------------------------- whole jobs
 
 SEARCH = (
     "--search.population-size", "3", "--search.top-k", "2", "--search.num-offspring", "2",
     "--search.iterations", "1", "--search.target-length", "512", "--needles.num-samples", "2",
-    "--report.num-samples", "1", "--report.methods", '["yarn", "longrope2"]',
+    "--report.num-samples", "2", "--report.depths", "[0.0, 1.0]", "--report.methods", '["yarn", "longrope2"]',
 )  # fmt: skip
 
 
@@ -110,6 +110,10 @@ def test_a_search_has_the_same_winner_with_one_scorer_and_two(tmp_path: Path, de
     """On a GPU the two share it."""
     two, one = (winner_of(tmp_path / str(count), device, count) for count in (2, 1))
     assert one == two
+
+
+# On a CPU ``tests/training`` trains and kills the same in the default run.
+KINDS = [("cpu", "long"), ("cuda", "gpu")]
 
 
 def on(device: str, recipe: Recipe) -> Recipe:
@@ -135,7 +139,9 @@ def interrupt(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", [pytest.param(name, marks=getattr(pytest.mark, kind)) for name, kind in KINDS]
+)
 @pytest.mark.usefixtures("ray_on_this_machine")
 def test_a_resumed_training_ends_as_an_undisturbed_one(
     tmp_path: Path, model_dir: str, device: str
