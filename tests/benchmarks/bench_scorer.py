@@ -8,7 +8,7 @@ r"""Peak memory and time of one score: the scorer against transformers' plain fo
 ``--random`` takes the ``[model.shape]`` of a recipe and draws the weights: time and memory of a
 pass do not depend on them. It also gives the FLOPs of a pass (``longrope2_ray.model.costs``).
 
-The variants score the same tokens with the same model, each variant in a process of its own. Peak memory is
+All variants score the same tokens with the same model, each in a process of its own. Peak memory is
 what a score adds to the loaded model: on a CPU the rise of the resident set, sampled every 2 ms; on
 a GPU torch's own peak. The times are medians; the first run only warms up.
 """
