@@ -91,7 +91,7 @@ def test_a_steps_loss_and_gradients_are_those_of_the_cpu(
 # --------------------------------------------------------------------------------------- whole jobs
 
 SEARCH = (
-    "--search.population-size", "3", "--search.top-k", "2", "--search.num-offspring", "2",
+    "--search.population-size", "9", "--search.top-k", "2", "--search.num-offspring", "2",
     "--search.iterations", "1", "--search.target-length", "512", "--needles.num-samples", "2",
     "--report.num-samples", "2", "--report.depth", "[0.0, 1.0]",
     "--report.methods", '["yarn", "longrope2"]',
