@@ -303,3 +303,12 @@ def test_a_gradient_leaves_the_model_as_it_was() -> None:
     assert plain_loss(model, sample) == before
     assert not any("forward" in layer.__dict__ for layer in model.get_decoder().layers)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_gradient_on_a_gpu_asks_for_kernels_that_sum_in_a_fixed_order() -> None:
+    with scorer_module._deterministic(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with scorer_module._deterministic(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
