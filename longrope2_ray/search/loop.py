@@ -20,6 +20,7 @@ from longrope2_ray.search.racing import Race, race_of_all
 from longrope2_ray.search.scheduling import Scheduler, Scorers
 from longrope2_ray.search.scores import (
     SEARCH_SET,
+    WIDE_SET,
     NeedleSet,
     Score,
     descent_set,
@@ -229,7 +230,8 @@ class SearchLoop:
         raced = num_raced(self._space)
         to_race = raced * self._num_samples - self._board.num_found(SEARCH_SET)
         generation, open_race = self._evolution.generation, (self._open_set, race.num_units_left)
-        left = _units_left(self._recipe, self.status, generation.index, open_race, to_race)
+        wide = self._board.num_found(WIDE_SET) > 0
+        left = _units_left(self._recipe, self.status, generation.index, open_race, to_race, wide)
         rows = self._comparisons(next(iter(generation.survivors), None))
         tables = {(row.vector_id, row.needle_set) for row in rows}
         self._board.refresh(
@@ -238,7 +240,12 @@ class SearchLoop:
 
 
 def _units_left(
-    recipe: Recipe, status: Status, generation: int, open_race: tuple[str, int], to_race: int
+    recipe: Recipe,
+    status: Status,
+    generation: int,
+    open_race: tuple[str, int],
+    to_race: int,
+    wide: bool,
 ) -> dict[str, int]:
     """Return needle set -> units that the search needs at most, the tables' aside.
 
@@ -246,11 +253,12 @@ def _units_left(
         generation: index of the open generation.
         open_race: needle set and units left of the open race.
         to_race: units at full length that a descent needs at most.
+        wide: whether the skipped documents were widened.
     """
     search, (open_set, units_open) = recipe.search, open_race
     if status.state == "descending":
         steps = range(status.descent_step, search.descent_steps)
-        left = {descent_set(step): search.skipped_needles for step in steps}
+        left = {descent_set(step, wide): search.skipped_needles for step in steps}
         left[SEARCH_SET] = max(to_race, 0)
         if open_set != SEARCH_SET:
             left[open_set] = units_open
