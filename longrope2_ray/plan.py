@@ -24,7 +24,6 @@ from longrope2_ray.search.comparison import num_report_units
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.proposing import num_raced, proposal_equivalents
 from longrope2_ray.search.space import SearchSpace
-from longrope2_ray.search.starts import starts
 from longrope2_ray.training.batches import check_parallel
 
 # Share of the peak FLOPs that a long prefill reaches with flash attention.
@@ -249,9 +248,7 @@ def _first_generation(
     search = recipe.search
     if not search.descent_steps:
         return search.population_size, (0.0, 0.0)
-    num_starts = len(starts(geometry, space, search.target_length, 1.0))
-    raced = num_raced(space)
-    return raced, proposal_equivalents(search, shape, num_starts)
+    return num_raced(space), proposal_equivalents(search, shape, geometry, space)
 
 
 def _search_pflop(recipe: Recipe, shape: ModelShape, units: float) -> float:

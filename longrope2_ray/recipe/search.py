@@ -99,7 +99,7 @@ class SearchSection(Section):
         "as the higher one of su and yarn.",
     )
     descent_steps: Annotated[int, SEARCH] = Field(
-        20,
+        30,
         ge=0,
         description="Steps down the gradient of skipped documents before the first generation; 0 "
         "in the evolutionary presets, whose first generation is drawn.",
@@ -109,7 +109,7 @@ class SearchSection(Section):
     )
     skipped_tokens: Annotated[Positive | None, SEARCH] = Field(
         None,
-        description="Tokens of a skipped document, which keep their positions; 3/16 of the target "
+        description="Tokens of a skipped document, which keep their positions; 1/8 of the target "
         "length unless given.",
     )
     seed: Annotated[int, SEARCH] = Field(0, ge=0, description="Seed of the search.")

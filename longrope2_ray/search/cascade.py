@@ -16,6 +16,10 @@ from longrope2_ray.search.scores import SEARCH_SET, SKIPPED_SET, Score
 # A rank correlation of fewer points says nothing.
 MIN_POINTS = 3
 
+# Powers of ln m / ln L: for skipped documents, and for those that are wider.
+DILUTION = 1.0
+WIDE_DILUTION = 0.5
+
 # Sample id -> NLL of its answer.
 Row = Mapping[str, float]
 
@@ -117,3 +121,16 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     means: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
     return means[places]
+
+
+def attention_share(num_tokens: int, length: int, dilution: float) -> float:
+    """[ours] Return what attention factors are multiplied by on a document with skipped positions.
+
+    The few tokens that are left dilute the attention to the needle less than the whole document
+    would, so that nearly every vector finds it. A softmax over n tokens keeps its sharpness where
+    the logits grow with ln n, so weaker attention stands for the tokens that were left out:
+    ``(ln m / ln L)^dilution`` for m tokens at positions up to L. As logits go with the square of
+    the attention factor, 0.5 is what the softmax asks for; the reference model's scores foretell
+    full-length ones better at 1, SmolLM2's at 0.5 alone (``jobs/LOG.md``, "Dilution").
+    """
+    return float((math.log(num_tokens) / math.log(length)) ** dilution)

@@ -1,7 +1,7 @@
 """The preparation of a search: all that can be checked without Ray and the model's weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longrope2_ray.model.costs import GRADIENT_PASSES, full_equivalents
@@ -10,6 +10,7 @@ from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.recipe.recipe import Recipe
 from longrope2_ray.recipe.sections import NeedleSection
 from longrope2_ray.rope.baselines import require_methods
+from longrope2_ray.search.cascade import DILUTION, WIDE_DILUTION, attention_share
 from longrope2_ray.search.comparison import comparisons
 from longrope2_ray.search.evolution import Evolution
 from longrope2_ray.search.proposing import num_skipped_tokens, widths
@@ -141,6 +142,12 @@ def _skipped_sets(
             depth=recipe.needles.depth,
             num_tokens=num_skipped_tokens(search, wide),
         )
+        share = attention_share(
+            num_skipped_tokens(search, wide),
+            search.target_length,
+            WIDE_DILUTION if wide else DILUTION,
+        )
+        samples = [replace(sample, attention_share=share) for sample in samples]
         steps = [descent_set(step, wide) for step in range(search.descent_steps)]
         for i, name in enumerate([WIDE_SET if wide else SKIPPED_SET, *steps]):
             sets[name] = samples[i * size : (i + 1) * size]

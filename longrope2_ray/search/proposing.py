@@ -22,19 +22,21 @@ from longrope2_ray.search.starts import (
     mean_of,
     num_kept_dims,
     published,
+    shapes,
     starts,
 )
 
 log = logging.getLogger(__name__)
 
 # Tokens of a skipped document, as a share of the target length.
-SKIPPED_SHARE = 3 / 16
+SKIPPED_SHARE = 1 / 8
 # Size of the first step, in units of a factor's logarithm.
 RATE = 0.015
 # The descent starts from the mean of so many of the best starts.
 NUM_PARENTS = 2
-# So many full-length needles say how well the skipped documents rank; below such a rank correlation
-# these get twice the tokens.
+# So many full-length needles say how well the skipped documents rank. Below such a rank
+# correlation, or where no candidate is right on them, these get twice the tokens and half the
+# dilution, and there are more shapes to start from.
 NUM_CHECKED_NEEDLES = 2
 MIN_CORRELATION = 0.5
 
@@ -44,20 +46,23 @@ Run = Callable[[Race, Mapping[str, RescaleFactors], str], Mapping[str, Sequence[
 
 
 def proposal_equivalents(
-    search: SearchSection, shape: ModelShape, num_starts: int
+    search: SearchSection, shape: ModelShape, geometry: RopeGeometry, space: SearchSpace
 ) -> tuple[float, float]:
     """Return what a proposal costs in passes of the target length by FLOPs, its race aside.
 
     Returns:
         the cost with documents as the recipe says, and the highest one, where they are widened.
     """
+    inputs = geometry, space, search.target_length, 1.0
+    num_starts, num_shapes = len(starts(*inputs)), len(shapes(*inputs))
     of_steps = search.descent_steps * GRADIENT_PASSES
     lengths = [num_skipped_tokens(search, wide) for wide in widths(search)]
     each = [full_equivalents(shape, length, search.target_length) for length in lengths]
     narrow, *wide = (search.skipped_needles * cost for cost in each)
     likely = narrow * (num_starts + of_steps)
-    most = narrow * num_starts + wide[0] * (num_starts + of_steps) if wide else likely
-    return likely, most
+    if not wide:
+        return likely, likely
+    return likely, narrow * num_starts + wide[0] * (num_starts + num_shapes + of_steps)
 
 
 def num_raced(space: SearchSpace) -> int:
@@ -116,45 +121,54 @@ class Proposer:
         Raises:
             StoppedError: if scorers cannot go on, or no score is finite.
         """
-        ranked, correlation = self._ranked(wide=False)
-        wide = correlation is not None and correlation < MIN_CORRELATION
-        if wide and True in widths(self._search):
-            log.info("rank correlation %.2f: skipped documents are widened", correlation)
+        ranked, foretold = self._ranked(wide=False)
+        wide = not foretold and True in widths(self._search)
+        if wide:
             ranked, _ = self._ranked(wide=True)
-        else:
-            wide = False
         start = mean_of(ranked[:NUM_PARENTS], self._ratio, self._space.tail_bounds[1])
         descended = self._descend(start, wide)
         return tuple(finalists(descended, [start, *ranked], self._space, self._ratio))
 
-    def _ranked(self, wide: bool) -> tuple[list[Candidate], float | None]:
-        """Return the starts, best first on skipped documents, and how well their rank foretells.
+    def _ranked(self, wide: bool) -> tuple[list[Candidate], bool]:
+        """Return the starts, best first on skipped documents, and whether to trust these.
 
-        Ranked are the best starts and the published methods, and the rank correlation is that with
-        their scores at full length.
+        Ranked are the best starts and the published methods. Skipped documents are trusted if some
+        of the ranked gives a right answer at full length, and the rank correlation with their
+        scores there is not low.
         """
         target, size = self._search.target_length, self._search.skipped_needles
         cheap_set = WIDE_SET if wide else SKIPPED_SET
-        candidates = starts(self._geometry, self._space, target, self._attention)
+        inputs = self._geometry, self._space, target, self._attention
+        candidates = [*starts(*inputs), *(shapes(*inputs) if wide else ())]
         best = self._best(candidates, NUM_PARENTS, cheap_set, size)
         methods = published(self._geometry, target, self._attention)
         known = list({c.id: c for c in (*best, *methods)}.values())
         # Both scores on the same needles for all of them, whatever a race would have spared, so
         # that the correlation does not depend on the order in which scores come in.
-        cheap = self._totals(known, cheap_set, size)
+        cheap, _ = self._totals(known, cheap_set, size)
         num_checked = max(1, min(NUM_CHECKED_NEEDLES, self._num_samples // 4))
-        full = self._totals(known, SEARCH_SET, num_checked)
+        full, num_right = self._totals(known, SEARCH_SET, num_checked)
+        correlation = rank_correlation(cheap, full)
+        trusted = num_right > 0 and (correlation is None or correlation >= MIN_CORRELATION)
+        if not trusted and not wide:
+            log.info(
+                "skipped documents are widened: %d answers right at full length, rank correlation "
+                "%.2f",
+                num_right, math.nan if correlation is None else correlation,
+            )  # fmt: skip
         order = sorted(range(len(known)), key=lambda i: (cheap[i], known[i].id))
-        return [known[i] for i in order], rank_correlation(cheap, full)
+        return [known[i] for i in order], trusted
 
     def _totals(
         self, candidates: Sequence[Candidate], needle_set: str, num_samples: int
-    ) -> list[float]:
-        """Return each candidate's summed NLL over the first samples of a needle set."""
+    ) -> tuple[list[float], int]:
+        """Return each candidate's summed NLL over a set's first samples, and the right answers."""
         ids = [candidate.id for candidate in candidates]
         race = race_of_all(ids, num_samples)
-        self._run(race, {c.id: c.factors for c in candidates}, needle_set)
-        return [race.totals[id] for id in ids]
+        rows = self._run(race, {c.id: c.factors for c in candidates}, needle_set)
+        first = [score for row in rows.values() for score in row[:num_samples]]
+        num_right = sum(score is not None and score.correct for score in first)
+        return [race.totals[id] for id in ids], num_right
 
     def _best(
         self, candidates: Sequence[Candidate], top_k: int, needle_set: str, num_samples: int

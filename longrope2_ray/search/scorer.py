@@ -1,7 +1,6 @@
 """The score of one unit of work: the NLL of a needle document's answer (LongRoPE2 Sec. 3.2)."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,7 +88,7 @@ class NeedleScorer:
         """
         started = time.perf_counter()
         start, stop = sample.answer_span
-        factors = diluted(factors, sample)
+        factors = _weakened(factors, sample)
         with self._rope.pinned(factors), self._trimming(stop - start, self._chunk_tokens):
             nll, correct = self._answer_nll(sample)
         nll_sum = float(nll.double().sum())
@@ -108,7 +107,7 @@ class NeedleScorer:
         """
         started = time.perf_counter()
         start, stop = sample.answer_span
-        factors = diluted(factors, sample)
+        factors = _weakened(factors, sample)
         self.model.requires_grad_(False)
         trimming = self._trimming(stop - start, self._chunk_tokens)
         with (
@@ -222,20 +221,11 @@ class NeedleScorer:
         return agrees
 
 
-def diluted(factors: RescaleFactors, sample: NeedleSample) -> RescaleFactors:
-    """[ours] Return the vector as a document with skipped positions is scored under it.
-
-    The few tokens that are left dilute the attention to the needle less than the whole document
-    would, so that nearly every vector finds it. A softmax over n tokens keeps its sharpness where
-    the logits grow with ln n, so weaker logits stand for the tokens that were left out: the
-    attention factor is multiplied by ln m / ln L, for m tokens at positions up to L. How much
-    better such scores foretell full-length ones: ``jobs/LOG.md``, "Dilution".
-    """
-    if sample.position_ids is None:
+def _weakened(factors: RescaleFactors, sample: NeedleSample) -> RescaleFactors:
+    """Return the vector as a sample is scored under it (``search.cascade.attention_share``)."""
+    if sample.attention_share == 1:
         return factors
-    num_tokens, length = len(sample.input_ids), int(sample.position_ids[-1]) + 1
-    share = math.log(num_tokens) / math.log(length)
-    return replace(factors, attention_factor=share * factors.attention_factor)
+    return replace(factors, attention_factor=sample.attention_share * factors.attention_factor)
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

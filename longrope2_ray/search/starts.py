@@ -1,6 +1,7 @@
 """[ours] What a descent starts from, and what it leaves to the full-length race."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -13,6 +14,11 @@ NUM_ATTENTION_FACTORS = 3
 # Dimensions that turn more often than this in the pre-trained window may be kept; Llama 3's
 # ``high_freq_factor``.
 MAX_TURNS = 4.0
+# Shapes: heights of the tail in extension ratios, dimensions that it takes to rise to it, and
+# critical dimensions beyond the theoretical one.
+HEIGHTS = (1.25, 1.6)
+RAMPS = (1, 4)
+NUM_BEYOND = 2
 # Names of the published methods.
 PUBLISHED = tuple(name for name in PLAIN if name != "unscaled")
 
@@ -52,6 +58,30 @@ def starts(
         origin = "constant tail"
         candidates.append(Candidate.of_vector(values, ratio, attention_factor, origin=origin))
     return list({candidate.id: candidate for candidate in candidates}.values())
+
+
+def shapes(
+    geometry: RopeGeometry, space: SearchSpace, target_length: int, attention_factor: float
+) -> list[Candidate]:
+    """Return shapes to start from where no published method is good.
+
+    Their first dimensions are kept, and their tails are higher than the ratio, as a model asks for
+    whose window is longer than what it has learned.
+    """
+    ratio, candidates = target_length / geometry.original_length, []
+    last = min(space.critical_dims[-1] + NUM_BEYOND, geometry.num_cosines - 1)
+    dims = range(space.critical_dims[0], last + 1)
+    for dim, width, height in product(dims, RAMPS, HEIGHTS):
+        values = shape(geometry, dim, width, height * ratio)
+        candidates.append(Candidate.of_vector(values, ratio, attention_factor, origin="shape"))
+    return candidates
+
+
+def shape(geometry: RopeGeometry, critical_dim: int, width: int, factor: float) -> np.ndarray:
+    """Return factors of 1 that rise to ``factor`` over ``width`` dimensions, and stay there."""
+    risen = (np.arange(geometry.num_cosines) - critical_dim) / width + 1
+    values: np.ndarray = factor ** np.clip(risen, 0, 1)
+    return values
 
 
 def mean_of(parents: Sequence[Candidate], ratio: float, highest: float) -> Candidate:

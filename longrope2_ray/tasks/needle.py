@@ -52,6 +52,8 @@ class NeedleSample:
         book: the name of the document's book.
         position_ids: (T,) int64 positions, rising; None for 0 ... T - 1. Where they jump, document
             tokens were left out (``skipped``).
+        attention_share: what the attention factor is multiplied by where the document is scored;
+            1 unless tokens were left out (``search.cascade.attention_share``).
     """
 
     input_ids: np.ndarray
@@ -61,10 +63,11 @@ class NeedleSample:
     value: str
     book: str
     position_ids: np.ndarray | None = None
+    attention_share: float = 1.0
 
     @cached_property
     def id(self) -> str:
-        """Sixteen hex digits that change with any token and with the answer's position."""
+        """Sixteen hex digits that change with anything that its score depends on."""
         return hashlib.sha256(self._content).hexdigest()[:16]
 
     def scored_whole(self) -> "NeedleSample":
@@ -76,6 +79,8 @@ class NeedleSample:
         content = self.input_ids.astype("<i8").tobytes() + repr(self.answer_span).encode()
         if self.position_ids is not None:
             content += self.position_ids.astype("<i8").tobytes()
+        if self.attention_share != 1:
+            content += repr(self.attention_share).encode()
         return content
 
 

@@ -5,7 +5,8 @@
 Vectors are drawn around what searches find: factors of 1 up to a dimension, a power up to the
 critical one, a straight tail. Each is scored on full-length needles and on skipped documents, half
 of them with the needle at the start, half spread; what counts is Spearman's rank correlation. The
-last row is the project's own rule, ln m / ln L times the factor (``search.scorer.diluted``).
+last rows are the project's own rules, for documents and for wider ones
+(``search.cascade.attention_share``).
 """
 
 import argparse
@@ -17,7 +18,12 @@ import torch
 from longrope2_ray.model.loading import load_model, load_tokenizer, require_loadable
 from longrope2_ray.recipe.loading import load_recipe
 from longrope2_ray.rope.factors import RescaleFactors
-from longrope2_ray.search.cascade import rank_correlation
+from longrope2_ray.search.cascade import (
+    DILUTION,
+    WIDE_DILUTION,
+    attention_share,
+    rank_correlation,
+)
 from longrope2_ray.search.scorer import NeedleScorer
 from longrope2_ray.tasks.books import load_books
 from longrope2_ray.tasks.needle import NeedleSample, build_needle_set
@@ -78,12 +84,12 @@ def main() -> None:
 
     vectors = drawn(args.vectors, args.seed, shape.geometry.num_cosines)
     full = scores(needles(args.seed + 41, None), FULL_FACTOR)
-    skipped, share = needles(args.seed + 51, TOKENS), math.log(TOKENS) / math.log(LENGTH)
+    skipped = needles(args.seed + 51, TOKENS)
+    shares = [attention_share(TOKENS, LENGTH, power) for power in (DILUTION, WIDE_DILUTION)]
     best = full.sum(1) <= np.median(full.sum(1))
     print("| attention factor | start | spread | both | both, best half |\n|---|---|---|---|---|")
-    for factor in (*FACTORS, FULL_FACTOR * share):
-        # The scorer takes its share of what it is given.
-        cheap = scores(skipped, factor / share)
+    for factor in (*FACTORS, *(FULL_FACTOR * share for share in shares)):
+        cheap = scores(skipped, factor)
         row = [rank_correlation(cheap[:, place], full[:, place]) for place in (0, 1)]
         row.append(rank_correlation(cheap.sum(1), full.sum(1)))
         row.append(rank_correlation(cheap.sum(1)[best], full.sum(1)[best]))

@@ -22,7 +22,7 @@ from reference_inputs import (
 from tiny_models import random_sample, shape_of, some_factors, tiny_config, tiny_model
 
 from longrope2_ray.search.job import MEMORY_ADVICE
-from longrope2_ray.search.scorer import NeedleScorer, diluted, plain_loss
+from longrope2_ray.search.scorer import NeedleScorer, plain_loss
 from longrope2_ray.tasks.needle import NeedleSample
 from longrope2_ray.workers.failures import Decision, Failure, Limits, decide
 
@@ -62,7 +62,7 @@ def test_a_score_equals_the_models_own_forward(
     assert scorer.trimmed
     factors = reference_factors()
     score = scorer.score(sample, factors)
-    with scorer._rope.pinned(diluted(factors, sample)):
+    with scorer._rope.pinned(factors):
         expected = own_loss(scorer, sample)
     assert score.nll_sum / score.num_tokens == pytest.approx(expected, abs=tolerance)
 

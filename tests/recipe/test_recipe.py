@@ -54,7 +54,7 @@ def test_a_short_recipe_gets_a_descent_and_the_papers_numbers_where_it_asks_for_
 ) -> None:
     recipe = load_recipe(write(tmp_path, BASE))
     search = recipe.search
-    assert (search.descent_steps, search.iterations, search.attention_factor) == (20, 0, "search")
+    assert (search.descent_steps, search.iterations, search.attention_factor) == (30, 0, "search")
     search = load_recipe(write(tmp_path, BASE), ["--search.preset", "paper"]).search
     assert (search.population_size, search.iterations, search.mutation_probability) == (64, 40, 0.3)
     assert (search.tail_bounds, search.attention_factor, search.top_k) == ((1.0, 2.0), 1.0, 32)

@@ -162,7 +162,8 @@ def sets() -> dict[str, NeedleSet]:
 
 
 class Gradients(ToyScorers):
-    """Toy scorers that give a gradient, by finite differences, where it is asked for."""
+    """Toy scorers that give a gradient, by finite differences, where it is asked for, and whose
+    answers are right."""
 
     def _gradient(self, unit: Any) -> Sequence[float]:
         from dataclasses import replace
@@ -182,7 +183,7 @@ class Gradients(ToyScorers):
 
         done = super()._complete()
         if not is_descent(done.work.needle_set):
-            return done
+            return replace(done, result=replace(done.result, correct=True))
         gradient = tuple(map(float, self._gradient(done.work)))
         return replace(done, result=replace(done.result, gradient=gradient))
 
@@ -205,6 +206,16 @@ def test_the_winner_is_no_worse_than_the_best_published_method(tmp_path: Path) -
     assert winner.candidate.attention_factor in descended, "the descent won nothing"
 
 
+class Lost(Gradients):
+    """Toy scorers under which no answer is right."""
+
+    def _complete(self) -> Any:
+        from dataclasses import replace
+
+        done = super()._complete()
+        return replace(done, result=replace(done.result, correct=False))
+
+
 class Misleading(Gradients):
     """Toy scorers whose skipped documents rank the other way round unless they are wide."""
 
@@ -217,9 +228,10 @@ class Misleading(Gradients):
         return replace(done, result=replace(done.result, nll_sum=100 / (1 + done.result.nll_sum)))
 
 
-def test_skipped_documents_that_rank_badly_are_widened(tmp_path: Path) -> None:
+def test_skipped_documents_that_rank_badly_or_find_nothing_are_widened(tmp_path: Path) -> None:
     loops = {}
-    for name, scorers in (("right", Gradients()), ("misled", Misleading())):
+    cases = (("right", Gradients()), ("misled", Misleading()), ("lost", Lost()))
+    for name, scorers in cases:
         loops[name] = run(tmp_path / name, scorers, skipped_tokens=TARGET_LENGTH // 4)
         loops[name].run()
     sets = {
@@ -228,8 +240,9 @@ def test_skipped_documents_that_rank_badly_are_widened(tmp_path: Path) -> None:
     }
     assert {SKIPPED_SET, descent_set(0)} <= sets["right"]
     assert WIDE_SET not in sets["right"]
-    assert {WIDE_SET, descent_set(0, wide=True)} <= sets["misled"]
-    assert descent_set(0) not in sets["misled"]
+    for name in ("misled", "lost"):
+        assert {WIDE_SET, descent_set(0, wide=True)} <= sets[name]
+        assert descent_set(0) not in sets[name]
 
 
 def test_kills_and_any_order_end_in_the_same_bytes(tmp_path: Path) -> None:

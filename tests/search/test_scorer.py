@@ -1,6 +1,7 @@
 """The scorer's short way against transformers' own forward."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from longrope2_ray.model.spec import read_shape
 from longrope2_ray.recipe.model import ModelShape
 from longrope2_ray.rope.factors import RescaleFactors
 from longrope2_ray.search import scorer as scorer_module
+from longrope2_ray.search.cascade import attention_share
 from longrope2_ray.search.scorer import NeedleScorer, plain_loss
 from longrope2_ray.tasks.needle import NeedleSample
 
@@ -251,9 +253,10 @@ def test_a_skipped_document_is_scored_at_its_positions(family: str) -> None:
     factors = some_factors(shape, 1.17)
     scorer = NeedleScorer(model, shape)
     assert scorer.trimmed
-    # Its few tokens stand for all of them: a weaker attention, by ln m / ln L.
-    share = math.log(len(sample.input_ids)) / math.log(sample.position_ids[-1] + 1)
-    assert share < 1
+    # Its few tokens stand for all of them by a weaker attention.
+    share = attention_share(len(sample.input_ids), LENGTH, 1.0)
+    assert share == math.log(LENGTH - 50) / math.log(LENGTH)
+    sample = replace(sample, attention_share=share)
     weaker = RescaleFactors(factors.values, share * factors.attention_factor)
     with PinnedRope(model, shape).pinned(weaker):
         expected = masked_loss(model, sample)
