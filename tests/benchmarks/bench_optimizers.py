@@ -48,6 +48,7 @@ from longrope2_ray.tasks.needle import NeedleSample, build_needle_set
 from longrope2_ray.workers.done import Done
 
 PLACES = ("start", "spread")
+PROPOSALS = ("gradient", "cma", "random", "evolution", "cma+evolution", "none")
 PRESETS = ("paper", "authors", "longrope")
 # Bounds of the shape: kept dimensions and critical dimension, in cosine indices from the
 # theoretical one, and logarithms of the tail's first factor in ratios and of its rise.
@@ -367,7 +368,8 @@ def main() -> None:
     parser.add_argument(
         "--optimizers",
         nargs="+",
-        default=["none", "gradient", "cma", "random", "evolution", "cma+evolution", *PRESETS],
+        choices=[*PROPOSALS, *PRESETS],
+        default=[*PROPOSALS, *PRESETS],
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--set", nargs="*", default=[], help="recipe fields, as --set=--a.b=c")
